@@ -1,0 +1,94 @@
+"""Saving and restoring with Orbax: the parameters are an item of their own, so sampling does not read the moments."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from flaxgpt.config import GPTConfig, TrainConfig
+from flaxgpt.convert import from_torch
+from flaxgpt.errors import InputError
+from flaxgpt.model import GPT
+from flaxgpt.run import CHECKPOINTS, TOKENIZER, TORCH_WEIGHTS, load_config
+from flaxgpt.state import Params, TrainState
+from flaxgpt.tokenizer import Tokenizer, load_tokenizer
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every step through absl
+
+
+def load_run(folder: Path) -> tuple[Params, TrainConfig, Tokenizer]:
+    """Parameters (on the default device), config and tokenizer of a run folder, be it of this trainer or of the reference's.
+
+    Raises:
+        InputError: it is not a run folder, or has no checkpoint that fits its config.
+    """
+    cfg, tokenizer = load_config(folder), load_tokenizer(folder / TOKENIZER)
+    weights = folder / CHECKPOINTS / TORCH_WEIGHTS
+    if weights.is_file():
+        try:
+            return jax.device_put(from_torch(load_file(weights), cfg.model)), cfg, tokenizer
+        except SafetensorError as error:
+            raise InputError(f"{weights} is damaged ({error})") from None
+    if not (folder / CHECKPOINTS).is_dir():
+        raise InputError(f"no checkpoint in {folder / CHECKPOINTS}")
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    return checkpoints.restore_params(cfg.model), cfg, tokenizer
+
+
+class Checkpoints:
+    """The `checkpoints` folder of a run: a numbered folder for each saved count of updates."""
+
+    def __init__(self, folder: Path, keep: int | None = None) -> None:
+        """`folder` need not exist yet; all but the newest `keep` checkpoints are deleted as new ones are completed."""
+        self._folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+
+    def save(self, state: TrainState) -> None:
+        """Save in the background. The state may be donated right after: Orbax has taken hold of its contents."""
+        rest = (state.step, state.opt_state, state.key)
+        items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(rest)}
+        self._manager.save(int(state.step), args=ocp.args.Composite(**items))
+
+    def restore(self, template: TrainState, shardings: TrainState) -> TrainState:
+        """The newest checkpoint, with the shapes of `template`, each leaf placed as `shardings` says.
+
+        Raises:
+            InputError: there is none, or it is of another model or optimizer.
+        """
+        wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), template, shardings)
+        items = self._restore(params=wanted.params, rest=(wanted.step, wanted.opt_state, wanted.key))
+        step, opt_state, key = items["rest"]
+        return TrainState(step, items["params"], opt_state, key)
+
+    def restore_params(self, cfg: GPTConfig) -> Params:
+        """Only the parameters of the newest checkpoint, on the default device.
+
+        Raises:
+            InputError: as `restore`.
+        """
+        shapes = jax.eval_shape(GPT(cfg).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return self._restore(params=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes))["params"]
+
+    def close(self) -> None:
+        """Wait until what was saved is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _restore(self, **wanted: Any) -> Any:
+        step = self._manager.latest_step()
+        if step is None:
+            raise InputError(f"no checkpoint in {self._folder}")
+        try:
+            args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+        except (ValueError, KeyError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"the checkpoint {self._folder / str(step)} does not fit this run's config.json ({reason})") from None

@@ -1,0 +1,110 @@
+"""Command lines: a dataclass to flags, and one clear line and exit code 2 for what a person can mend."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from flaxgpt.config import TrainConfig
+from flaxgpt.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """Which run, and where it goes."""
+
+    preset: str = "tiny"
+    """Where the other defaults come from: tiny, verdict-124m, shakespeare-char, gpt2-124m, -355m, -774m or -1558m."""
+    out_dir: Path = Path("runs/tiny")
+    """The run folder (by default runs/ and the preset's name)."""
+    resume: bool = False
+    """Go on with the run in out_dir, with its own config; flags may change how long and how often, not what."""
+    overwrite: bool = False
+    """Delete the run in out_dir first."""
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+
+
+def parse(kind: type[T], args: list[str] | None = None, **options: Any) -> T:
+    """An instance of the dataclass `kind` from command-line arguments, by tyro.
+
+    Raises:
+        InputError: in place of tyro's framed messages, their first sentence.
+    """
+    frame = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(frame):
+            return tyro.cli(kind, args=args, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [line.strip(" │") for line in frame.getvalue().splitlines()[1:]]
+        message = " ".join(line for line in lines[: next((i for i, line in enumerate(lines) if line.startswith("─")), None)] if line)
+        raise InputError(f"{message}; --help lists the options") from None
+
+
+def parse_train(description: str, args: list[str] | None = None) -> TrainArgs:
+    """The arguments of a training script: the preset's config (with --resume, the run folder's) and the flags on top.
+
+    Raises:
+        InputError: an unknown preset or flag, a value that does not fit, or a run folder that can't be resumed.
+    """
+    args = sys.argv[1:] if args is None else args
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--preset", default="tiny")
+    peek.add_argument("--out-dir", "--out_dir", type=Path)
+    peek.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
+    first = argparse.Namespace(preset="tiny", out_dir=None, resume=False)
+    with contextlib.suppress(argparse.ArgumentError):  # a flag without its value: tyro will say so
+        first = peek.parse_known_args(args)[0]
+    out_dir = first.out_dir or Path("runs") / first.preset
+    if first.resume:
+        from flaxgpt.run import load_config  # brings in matplotlib, which --help need not wait for
+
+        config = load_config(out_dir)
+    else:
+        config = TrainConfig.preset(first.preset)
+    default = TrainArgs(preset=first.preset, out_dir=out_dir, config=config)
+    return parse(TrainArgs, args, default=default, description=description)
+
+
+def sample_command(out_dir: Path) -> str:
+    """The command that samples from a run, for the terminal that the current script was started in."""
+    script = Path(sys.argv[0])
+    if script.suffix != ".py":
+        return f"flaxgpt-sample --checkpoint {shlex.quote(str(out_dir))}"
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return shlex.join([str(python), str(script.with_name("sample.py")), "--checkpoint", str(out_dir)])
+
+
+def one_line_errors(main: Callable[[], None]) -> Callable[[], None]:
+    """Let `main` print an InputError as one line on standard error and exit with 2; anything else keeps its traceback."""
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except InputError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+        except BrokenPipeError:  # the reader of our output has gone, `| head` for instance
+            sys.stderr.close()
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(130)
+
+    return wrapped

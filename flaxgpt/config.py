@@ -1,0 +1,310 @@
+"""What a model is and how a run trains it: two frozen dataclasses and their presets. No framework here.
+
+Shape suffixes used throughout the project, one letter a dimension:
+B batch, T query position, S key position, D emb_dim, N heads, H head size (D / N),
+F feed-forward width (4 D), V vocabulary, L layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from flaxgpt.errors import InputError
+
+
+class _Config:
+    """JSON round trip, replacement and checking of types, shared by both configurations."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, ready for `json.dumps`; `from_dict` is the inverse."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Fields left out take their defaults; an unknown one is an InputError."""
+        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(set(values) - names):
+            raise InputError(f"unknown {cls.__name__} fields {unknown}; the known ones are {sorted(names)}")
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with these fields changed, validated again."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def _check_types(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if not _is_a(value := getattr(self, name), kind):
+                raise InputError(f"{name}={value!r}: expected {_describe(kind)}")
+
+
+@dataclass(frozen=True)
+class GPTConfig(_Config):
+    """The model: GPT-2's architecture, its size, and how it is initialised and computed."""
+
+    vocab_size: int = 50257
+    """Rows of the token embedding. A character tokenizer sets it to the size of its alphabet."""
+    context_length: int = 1024
+    """Longest sequence the model sees, in tokens."""
+    emb_dim: int = 768
+    """Width of the residual stream; divisible by n_heads."""
+    n_heads: int = 12
+    """Attention heads in each block."""
+    n_layers: int = 12
+    """Transformer blocks."""
+    drop_rate: float = 0.1
+    """Dropout on the embeddings, the attention weights and both shortcuts of a block; in [0, 1)."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (the released GPT-2 weights have them)."""
+    tie_embeddings: bool = False
+    """Use the token embedding as the output head (the released GPT-2 weights do)."""
+    init: Literal["gpt2", "torch"] = "gpt2"
+    """gpt2: normal(0.02), residual projections scaled by 1/sqrt(2 n_layers). torch: the defaults of torch's layers."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of activations and matrix products; parameters, norms, softmax and logits stay float32."""
+    remat: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more work."""
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.emb_dim % self.n_heads:
+            raise InputError(f"{self.emb_dim=} is not divisible by {self.n_heads=}".replace("self.", ""))
+        if not 0 <= self.drop_rate < 1:
+            raise InputError(f"drop_rate={self.drop_rate}: expected a value in [0, 1)")
+
+    @classmethod
+    def preset(cls, name: str) -> GPTConfig:
+        """The model of a named preset (see PRESETS).
+
+        Raises:
+            InputError: there is no such preset.
+        """
+        return TrainConfig.preset(name).model
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Config):
+    """A training run: the data, the batches, the optimizer, and how often to look."""
+
+    data: str = "pydoc"
+    """A corpus name (pydoc, the-verdict, tinyshakespeare), a text file, a folder of .txt files, or a folder
+    with train.bin and val.bin (uint16 tokens, nanoGPT's layout)."""
+    tokenizer: Literal["gpt2", "char"] = "gpt2"
+    """gpt2: byte-pair encoding, 50257 tokens. char: one token for each character of the text."""
+    train_ratio: float = 0.9
+    """The first part of the text, in characters, that is trained on; the rest is for validation."""
+    stride: int | None = None
+    """Tokens between the starts of neighbouring training windows; None: context_length, so that they do not overlap."""
+    shuffle: bool = True
+    """Draw the training windows in a new random order each epoch."""
+    drop_last: bool = True
+    """Drop the windows left over when an epoch does not fill a batch; otherwise the next epoch's complete it."""
+    batch_size: int = 8
+    """Windows in one update, over all devices and microbatches (the global batch)."""
+    grad_accum_steps: int = 1
+    """Microbatches that one update is computed in, with the exact mean gradient; divides batch_size."""
+    max_steps: int = 1000
+    """Updates in the whole run."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    min_learning_rate: float | None = 1e-4
+    """Where the cosine ends; None: the rate stays at learning_rate."""
+    warmup_steps: int = 100
+    """Updates of linear warm-up: update s (from 0) uses learning_rate * (s + 1) / (warmup_steps + 1)."""
+    decay_steps: int | None = None
+    """Update at which the cosine ends; None: max_steps, or just after the warm-up in a run too short for it."""
+    beta1: float = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW: decay of the second moment."""
+    eps: float = 1e-8
+    """AdamW: added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """AdamW: decoupled decay, multiplied by the learning rate."""
+    decay: Literal["all", "matrices"] = "matrices"
+    """What decays: all tensors (torch's default), or only matrices and embeddings."""
+    clip_norm: float | None = 1.0
+    """Largest global norm of the gradient; None: no clipping."""
+    seed: int = 123
+    """Seed of the parameters, the order of the batches and dropout."""
+    log_every: int = 10
+    """Updates between log lines."""
+    eval_every: int = 100
+    """Updates between evaluations; the first and the last update are always evaluated."""
+    eval_batches: int = 20
+    """Batches of each split in an evaluation (all of them if there are fewer)."""
+    checkpoint_every: int = 1000
+    """Updates between checkpoints; the last update is always saved."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep."""
+    prompt: str | None = None
+    """What the sample after each evaluation starts from; None: the first tokens of the validation text."""
+    sample_tokens: int = 50
+    """Tokens in that sample, decoded greedily; 0: none."""
+    fsdp: int = 1
+    """Devices that share one copy of the parameters (fully sharded data parallelism); the rest hold further copies."""
+    model: GPTConfig = field(default_factory=GPTConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, Mapping):
+            object.__setattr__(self, "model", GPTConfig.from_dict(self.model))
+        self._check_types()
+        at_least = {
+            1: "stride batch_size grad_accum_steps max_steps decay_steps log_every eval_every eval_batches"
+            " checkpoint_every keep_checkpoints fsdp",
+            0: "learning_rate min_learning_rate warmup_steps weight_decay sample_tokens seed",
+        }
+        for bound, names in at_least.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not (value >= bound and math.isfinite(value)):
+                    raise InputError(f"{name}={value}: expected at least {bound}")
+        for name in ("train_ratio", "eps", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(f"{name}={value}: expected a positive number")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: expected a value in [0, 1)")
+        if self.train_ratio >= 1:
+            raise InputError(f"train_ratio={self.train_ratio}: expected less than 1, so that some text validates")
+        if self.seed >= 2**32:
+            raise InputError(f"seed={self.seed}: expected less than 2**32")
+        if self.batch_size % self.grad_accum_steps:
+            raise InputError(f"batch_size={self.batch_size} is not divisible by {self.grad_accum_steps=}".replace("self.", ""))
+        if self.prompt == "":
+            raise InputError("prompt is empty: give some text, or leave it out")
+        if self.total_decay_steps <= self.warmup_steps:
+            raise InputError(f"decay_steps={self.decay_steps}: expected more than {self.warmup_steps=}".replace("self.", ""))
+        if self.final_learning_rate > self.learning_rate:
+            raise InputError(
+                f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}: "
+                "lower it, or pass --min-learning-rate None for a constant rate"
+            )
+        if self.model.emb_dim % self.fsdp:
+            raise InputError(f"emb_dim={self.model.emb_dim} is not divisible by {self.fsdp=}".replace("self.", ""))
+
+    @property
+    def window_stride(self) -> int:
+        """`stride`, or the context length where none is set."""
+        return self.stride or self.model.context_length
+
+    @property
+    def total_decay_steps(self) -> int:
+        """Update at which the cosine ends, more than `warmup_steps`."""
+        return self.decay_steps or max(self.max_steps, self.warmup_steps + 1)
+
+    @property
+    def final_learning_rate(self) -> float:
+        """`min_learning_rate`, or the constant rate where none is set."""
+        return self.learning_rate if self.min_learning_rate is None else self.min_learning_rate
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one update learns from."""
+        return self.batch_size * self.model.context_length
+
+    @classmethod
+    def preset(cls, name: str) -> TrainConfig:
+        """The run of a named preset (see PRESETS).
+
+        Raises:
+            InputError: there is no such preset.
+        """
+        if name not in PRESETS:
+            raise InputError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
+        model, run = PRESETS[name]
+        return cls(model=GPTConfig(**model), **run)
+
+
+def _gpt2(n_layers: int, n_heads: int, emb_dim: int, learning_rate: float) -> tuple[dict, dict]:
+    """A released GPT-2 size (Radford et al. 2019), trained by nanoGPT's recipe (half a million tokens an update)."""
+    model = {
+        "n_layers": n_layers,
+        "n_heads": n_heads,
+        "emb_dim": emb_dim,
+        "qkv_bias": True,
+        "tie_embeddings": True,
+        "drop_rate": 0.0,
+        "dtype": "bfloat16",
+        "remat": True,
+    }
+    run = {
+        "batch_size": 480,
+        "grad_accum_steps": 40,
+        "max_steps": 600_000,
+        "learning_rate": learning_rate,
+        "min_learning_rate": learning_rate / 10,
+        "warmup_steps": 2000,
+        "eval_every": 1000,
+        "stride": 1,
+    }
+    return model, run
+
+
+PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tiny": (
+        {"context_length": 128, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0, "tie_embeddings": True, "vocab_size": 96},
+        {"tokenizer": "char", "batch_size": 16, "max_steps": 1500, "stride": 1, "beta2": 0.99, "eval_every": 150},
+    ),
+    "verdict-124m": (
+        {"context_length": 256, "init": "torch"},
+        {
+            "data": "the-verdict",
+            "batch_size": 2,
+            "max_steps": 90,
+            "learning_rate": 4e-4,
+            "min_learning_rate": None,
+            "warmup_steps": 0,
+            "beta2": 0.999,
+            "decay": "all",
+            "clip_norm": None,
+            "log_every": 5,
+            "eval_every": 5,
+            "eval_batches": 5,
+            "prompt": "Every effort moves you",
+        },
+    ),
+    "shakespeare-char": (
+        {"context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0, "tie_embeddings": True, "vocab_size": 65},
+        {
+            "data": "tinyshakespeare",
+            "tokenizer": "char",
+            "batch_size": 12,
+            "max_steps": 2000,
+            "stride": 1,
+            "beta2": 0.99,
+            "eval_every": 250,
+            "prompt": "ROMEO:",
+            "sample_tokens": 200,
+        },
+    ),
+    "gpt2-124m": _gpt2(12, 12, 768, 6e-4),
+    "gpt2-355m": _gpt2(24, 16, 1024, 3e-4),
+    "gpt2-774m": _gpt2(36, 20, 1280, 2.5e-4),
+    "gpt2-1558m": _gpt2(48, 25, 1600, 2e-4),
+}
+"""Preset name -> (fields of the model, fields of the run) that differ from the defaults."""
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is types.UnionType:
+        return any(_is_a(value, k) for k in get_args(kind))
+    if kind in (int, float):  # a bool is not a number here; an int does for a float
+        return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    return getattr(kind, "__name__", str(kind))

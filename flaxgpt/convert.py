@@ -1,0 +1,139 @@
+"""Parameters <-> torch state_dict, as NumPy arrays, by one table used both ways. Imports no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flaxgpt.config import GPTConfig
+from flaxgpt.errors import InputError
+
+Params = dict[str, Any]
+StateDict = dict[str, np.ndarray]
+
+
+class Row(NamedTuple):
+    """One parameter: its path here, its key in the state_dict ({} is the layer), and its shape there."""
+
+    path: str
+    key: str
+    shape: tuple[int, ...]
+
+    @property
+    def transposed(self) -> bool:
+        """A linear layer keeps (out, in) in torch, (in, out) here; embeddings and vectors are alike."""
+        return self.path.endswith("kernel")
+
+    @property
+    def stacked(self) -> bool:
+        """One array with a leading L axis here, one for each block there."""
+        return "{}" in self.key
+
+
+def table(cfg: GPTConfig) -> list[Row]:
+    """Every parameter of a model of this config."""
+    D, F, V = cfg.emb_dim, 4 * cfg.emb_dim, cfg.vocab_size
+    rows = [Row("tok_emb/embedding", "tok_emb.weight", (V, D)), Row("pos_emb/embedding", "pos_emb.weight", (cfg.context_length, D))]
+    linears = {"att/W_query": (D, D), "att/W_key": (D, D), "att/W_value": (D, D), "att/out_proj": (D, D)}
+    linears |= {"ff/layers_0": (F, D), "ff/layers_2": (D, F)}
+    for path, shape in linears.items():
+        key = f"trf_blocks.{{}}.{path.replace('/', '.').replace('layers_', 'layers.')}"
+        rows.append(Row(f"trf_blocks/{path}/kernel", f"{key}.weight", shape))
+        if cfg.qkv_bias or "W_" not in path:
+            rows.append(Row(f"trf_blocks/{path}/bias", f"{key}.bias", shape[:1]))
+    for norm, key in (("trf_blocks/norm1", "trf_blocks.{}.norm1"), ("trf_blocks/norm2", "trf_blocks.{}.norm2"), ("final_norm",) * 2):
+        rows += [Row(f"{norm}/{vector}", f"{key}.{vector}", (D,)) for vector in ("scale", "shift")]
+    if not cfg.tie_embeddings:
+        rows.append(Row("out_head/kernel", "out_head.weight", (V, D)))
+    return rows
+
+
+def from_torch(state_dict: Mapping[str, Any], cfg: GPTConfig) -> Params:
+    """The parameters of `flaxgpt.model.GPT` from a state_dict of `torch_ref.model.GPTModel`.
+
+    Args:
+        state_dict: arrays (or tensors that NumPy can read) by the reference's names. The causal masks may be there or
+            not; so may `out_head.weight` of a tied model, which must then equal `tok_emb.weight`.
+        cfg: the model's config.
+
+    Returns:
+        Nested dict of float32 NumPy arrays, those of the blocks stacked along a leading L axis.
+
+    Raises:
+        InputError: naming every key that is missing, unknown or of the wrong shape.
+    """
+    rows = table(cfg)
+    arrays = {key: np.asarray(value) for key, value in state_dict.items() if not _is_mask(key, cfg)}
+    tied_head = arrays.pop("out_head.weight", None) if cfg.tie_embeddings else None
+    wanted = {key: row.shape for row in rows for key in _keys(row, cfg)}
+    faults = _faults({key: array.shape for key, array in arrays.items()}, wanted)
+    if tied_head is not None and not np.array_equal(tied_head, arrays.get("tok_emb.weight")):
+        faults.append("out_head.weight differs from tok_emb.weight, but tie_embeddings is set")
+    if faults:
+        raise InputError("the state_dict does not fit the config: " + "; ".join(faults))
+
+    params: Params = {}
+    for row in rows:
+        parts = [np.asarray(arrays[key], np.float32) for key in _keys(row, cfg)]
+        parts = [part.T if row.transposed else part for part in parts]
+        _insert(params, row.path, np.stack(parts) if row.stacked else parts[0].copy())
+    return params
+
+
+def to_torch(params: Mapping[str, Any], cfg: GPTConfig) -> StateDict:
+    """The inverse of `from_torch`: a complete state_dict, causal masks and tied head included, of float32 NumPy arrays.
+
+    Raises:
+        InputError: naming every parameter that is missing, unknown or of the wrong shape.
+    """
+    rows = table(cfg)
+    arrays = {path: np.asarray(value, np.float32) for path, value in _flatten(params)}
+    lead = (cfg.n_layers,)
+    wanted = {row.path: (lead if row.stacked else ()) + (row.shape[::-1] if row.transposed else row.shape) for row in rows}
+    if faults := _faults({path: array.shape for path, array in arrays.items()}, wanted):
+        raise InputError("the parameters do not fit the config: " + "; ".join(faults))
+
+    state_dict: StateDict = {}
+    for row in rows:
+        parts = arrays[row.path] if row.stacked else arrays[row.path][None]
+        for key, part in zip(_keys(row, cfg), parts, strict=True):
+            state_dict[key] = np.ascontiguousarray(part.T if row.transposed else part)
+    if cfg.tie_embeddings:
+        state_dict["out_head.weight"] = state_dict["tok_emb.weight"]
+    mask = np.triu(np.ones((cfg.context_length, cfg.context_length), np.float32), k=1)
+    return state_dict | {f"trf_blocks.{i}.att.mask": mask for i in range(cfg.n_layers)}
+
+
+def _keys(row: Row, cfg: GPTConfig) -> list[str]:
+    return [row.key.format(i) for i in range(cfg.n_layers)] if row.stacked else [row.key]
+
+
+def _is_mask(key: str, cfg: GPTConfig) -> bool:
+    return any(key == f"trf_blocks.{i}.att.mask" for i in range(cfg.n_layers))
+
+
+def _faults(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    faults = []
+    if missing := [name for name in wanted if name not in found]:
+        faults.append(f"missing: {', '.join(missing)}")
+    if unknown := [name for name in found if name not in wanted]:
+        faults.append(f"unknown: {', '.join(unknown)}")
+    if misshapen := [f"{n} is {found[n]}, expected {wanted[n]}" for n in wanted if n in found and found[n] != wanted[n]]:
+        faults.append(f"wrong shape: {', '.join(misshapen)}")
+    return faults
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves = []
+    for name, value in tree.items():
+        leaves += _flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else [(prefix + name, value)]
+    return leaves
+
+
+def _insert(tree: Params, path: str, value: np.ndarray) -> None:
+    *parents, name = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[name] = value

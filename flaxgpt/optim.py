@@ -1,0 +1,43 @@
+"""AdamW as Optax transformations: clip, rescale, decay, scale by the schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from flaxgpt.config import TrainConfig
+
+
+def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformation:
+    """Decoupled AdamW (Loshchilov & Hutter 2019), after clipping by global norm where the config asks for it.
+
+    The same update as torch.optim.AdamW; torch's clip_grad_norm_ divides by (norm + 1e-6), optax by max(norm, limit).
+    """
+    clip = optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm)
+    decay_mask = matrices if cfg.decay == "matrices" else None
+    adamw = optax.adamw(make_schedule(cfg), cfg.beta1, cfg.beta2, cfg.eps, weight_decay=cfg.weight_decay, mask=decay_mask)
+    return optax.chain(clip, adamw)
+
+
+def make_schedule(cfg: TrainConfig) -> optax.Schedule:
+    """Learning rate of update s, counted from 0: linear warm-up, cosine to the minimum, constant after that.
+
+    Update s of the warm-up uses learning_rate * (s + 1) / (warmup_steps + 1), as nanoGPT does, so no update is at rate 0.
+    """
+    return optax.warmup_cosine_decay_schedule(
+        init_value=cfg.learning_rate / (cfg.warmup_steps + 1),
+        peak_value=cfg.learning_rate,
+        warmup_steps=cfg.warmup_steps,
+        decay_steps=cfg.total_decay_steps,
+        end_value=cfg.final_learning_rate,
+    )
+
+
+def matrices(params: Any) -> Any:
+    """True for kernels and embeddings, False for biases, scales and shifts.
+
+    By name, not by rank: stacked over the layers, a bias has two dimensions as well.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)

@@ -1,0 +1,60 @@
+"""Which device holds what: a mesh of (data, fsdp), and a table from parameter path to PartitionSpec."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from flaxgpt.errors import InputError
+
+# Every weight matrix is split along D, which fsdp divides (TrainConfig checks it); vectors are small and copied.
+# The paths are those of the parameters, and of the moments in the optimizer's state, which have the same shapes.
+PARTITIONS: tuple[tuple[str, P], ...] = (
+    (r"(tok|pos)_emb/embedding$", P(None, "fsdp")),
+    (r"att/W_(query|key|value)/kernel$", P(None, "fsdp", None)),
+    (r"att/out_proj/kernel$", P(None, None, "fsdp")),
+    (r"ff/layers_0/kernel$", P(None, "fsdp", None)),
+    (r"ff/layers_2/kernel$", P(None, None, "fsdp")),
+    (r"out_head/kernel$", P("fsdp", None)),
+    (r"", P()),
+)
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+    """All devices as a (data, fsdp) grid: batches are split over both axes, parameters over the second.
+
+    Raises:
+        InputError: fsdp does not divide the number of devices.
+    """
+    devices = jax.devices()
+    if len(devices) % fsdp:
+        raise InputError(f"fsdp={fsdp} does not divide the {len(devices)} devices")
+    return Mesh(np.asarray(devices).reshape(-1, fsdp), ("data", "fsdp"))
+
+
+def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+    """The NamedSharding of every leaf of a train state (or of its parameters): the first row of PARTITIONS that fits."""
+
+    def sharding(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, next(spec for pattern, spec in PARTITIONS if re.search(pattern, name)))
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract_state)
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Host arrays (B, ...) -> global device arrays, rows split over all devices (copied where B does not divide).
+
+    Every host computes the same batch and hands over the rows of its own devices: nothing is sent between hosts.
+    """
+
+    def put(x: np.ndarray) -> jax.Array:
+        rows = P(("data", "fsdp")) if x.shape[0] % mesh.size == 0 else P()
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, rows), lambda index: x[index])
+
+    return jax.tree.map(put, batch)

@@ -1,0 +1,139 @@
+"""The train step, a pure function, and the loop that applies it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flaxgpt import data, sharding
+from flaxgpt.checkpoint import Checkpoints
+from flaxgpt.config import TrainConfig
+from flaxgpt.corpus import Corpus
+from flaxgpt.generate import generate
+from flaxgpt.loss import next_token_loss
+from flaxgpt.model import GPT
+from flaxgpt.optim import make_optimizer, make_schedule
+from flaxgpt.run import Run
+from flaxgpt.state import Params, TrainState, abstract_state, count_params, create_state
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    model: GPT, tx: optax.GradientTransformation, grad_accum_steps: int = 1
+) -> Callable[[TrainState, data.Batch], tuple[TrainState, Metrics]]:
+    """One update as a pure function (state, (inputs_BT, targets_BT)) -> (state, metrics), to be jitted by the caller.
+
+    With gradient accumulation the batch is computed in equal microbatches, one after the other, so the mean of their
+    gradients is the gradient of the mean. Metrics: `loss`, nats per token, and `grad_norm`, before clipping.
+    """
+
+    def loss_fn(params: Params, batch: data.Batch, dropout_key: jax.Array) -> jax.Array:
+        inputs_BT, targets_BT = batch
+        logits_BTV = model.apply({"params": params}, inputs_BT, deterministic=False, rngs={"dropout": dropout_key})
+        return next_token_loss(logits_BTV, targets_BT)
+
+    def mean_gradient(params: Params, batch: data.Batch, dropout_key: jax.Array) -> tuple[jax.Array, Params]:
+        if grad_accum_steps == 1:
+            return jax.value_and_grad(loss_fn)(params, batch, dropout_key)
+
+        def add(total: tuple[jax.Array, Params], part: tuple[data.Batch, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, *part)), None
+
+        # Microbatch i takes every grad_accum_steps-th row from i, so rows stay on the device that holds them.
+        parts = jax.tree.map(lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add, zero, (parts, jax.random.split(dropout_key, grad_accum_steps)))
+        return jax.tree.map(lambda x: x / grad_accum_steps, total)
+
+    def train_step(state: TrainState, batch: data.Batch) -> tuple[TrainState, Metrics]:
+        dropout_key = jax.random.fold_in(state.key, state.step)
+        loss, grads = mean_gradient(state.params, batch, dropout_key)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, state.key), {"loss": loss, "grad_norm": optax.global_norm(grads)}
+
+    return train_step
+
+
+def make_eval_step(model: GPT) -> Callable[[Params, data.Batch], jax.Array]:
+    """(params, (inputs_BT, targets_BT)) -> mean loss without dropout, to be jitted by the caller."""
+
+    def eval_step(params: Params, batch: data.Batch) -> jax.Array:
+        inputs_BT, targets_BT = batch
+        return next_token_loss(model.apply({"params": params}, inputs_BT), targets_BT)
+
+    return eval_step
+
+
+def train(cfg: TrainConfig, corpus: Corpus, run: Run, checkpoints: Checkpoints, *, resume: bool = False) -> TrainState:
+    """Train from the start, or from the newest checkpoint, to `cfg.max_steps` updates.
+
+    Update s (from 0) trains on batch s; an evaluation, log line or checkpoint "at step s" comes after that update.
+    The loop never waits for the update it has just dispatched: while the device computes it, the metrics of the one
+    before are fetched and the next batch is made.
+
+    Raises:
+        InputError: the splits are too short for the config, or there is nothing to resume from.
+    """
+    train_batches = data.train_batches(corpus.train, cfg)
+    splits = {
+        "train": data.eval_batches(corpus.train, cfg, "training"),
+        "val": data.eval_batches(corpus.val, cfg, "validation"),
+    }
+    prompt = np.asarray(corpus.tokenizer.encode(cfg.prompt) if cfg.prompt else corpus.val[:8], np.int32)[None]
+
+    mesh, tx, model = sharding.make_mesh(cfg.fsdp), make_optimizer(cfg), GPT(cfg.model)
+    if resume:
+        template = abstract_state(cfg, tx)
+        state = checkpoints.restore(template, sharding.state_shardings(template, mesh))
+    else:
+        state = create_state(cfg, tx, mesh)
+    start = int(state.step)
+    train_step = jax.jit(make_train_step(model, tx, cfg.grad_accum_steps), donate_argnums=0)
+    eval_step = jax.jit(make_eval_step(model))
+    schedule = make_schedule(cfg)
+
+    def batches() -> Iterator[data.Batch]:
+        for step in range(start, cfg.max_steps):
+            yield sharding.shard_batch(train_batches[step], mesh)
+
+    def report(step: int, metrics: Metrics) -> None:
+        run.step(step, float(metrics["loss"]), float(metrics["grad_norm"]), float(schedule(step)))
+
+    def evaluate(step: int) -> None:
+        losses = {name: _mean([eval_step(state.params, sharding.shard_batch(b, mesh)) for b in split]) for name, split in splits.items()}
+        text = ""
+        if cfg.sample_tokens:
+            ids = generate(state.params, cfg.model, prompt, max_new_tokens=cfg.sample_tokens)
+            text = corpus.tokenizer.decode(np.asarray(ids[0]).tolist())
+        run.evaluation(step, losses["train"], losses["val"], text)
+
+    run.begin(start, n_params=count_params(state.params), devices=f"{mesh.size} x {jax.devices()[0].device_kind}")
+    pending: tuple[int, Metrics] | None = None
+    for step, batch in enumerate(batches(), start):
+        state, metrics = train_step(state, batch)
+        if pending:
+            report(*pending)
+        pending = step, metrics
+        last = step == cfg.max_steps - 1 or run.interrupted
+        if last or step % cfg.eval_every == 0:
+            report(*pending)
+            pending = None
+            evaluate(step)
+        if last or (step + 1) % cfg.checkpoint_every == 0:
+            checkpoints.save(state)
+        if last:
+            break
+    checkpoints.close()
+    return state
+
+
+def _mean(losses: list[jax.Array]) -> float:
+    return float(np.mean([float(loss) for loss in losses])) if losses else math.nan

@@ -1,0 +1,29 @@
+"""Train a GPT with JAX: `python scripts/train_jax.py` trains `tiny` on text that Python carries with it.
+
+Examples:
+  train_jax.py --preset shakespeare-char
+  train_jax.py --data my.txt --out-dir runs/mine --max-steps 3000
+  train_jax.py --out-dir runs/mine --resume --max-steps 5000
+"""
+
+from flaxgpt.cli import one_line_errors, parse_train, sample_command
+
+
+@one_line_errors
+def main() -> None:
+    """Parse the flags, load the data, train, tell how to go on."""
+    args = parse_train(__doc__)
+
+    from flaxgpt.checkpoint import Checkpoints
+    from flaxgpt.run import CHECKPOINTS, prepare
+    from flaxgpt.train import train
+
+    run, corpus = prepare(args.config, args.out_dir, resume=args.resume, overwrite=args.overwrite, command=sample_command(args.out_dir))
+    with run:
+        checkpoints = Checkpoints(run.folder / CHECKPOINTS, keep=run.cfg.keep_checkpoints)
+        train(run.cfg, corpus, run, checkpoints, resume=args.resume)
+        run.summary()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Train the same GPT in the PyTorch reference, with the flags of train_jax.py (a run can't be resumed).
+
+Examples:
+  train_torch.py --preset verdict-124m     the published run, to three decimals
+  train_torch.py --out-dir runs/tiny-torch
+"""
+
+from flaxgpt.cli import one_line_errors, parse_train, sample_command
+from flaxgpt.errors import InputError
+
+
+@one_line_errors
+def main() -> None:
+    """Parse the flags, load the data, train, tell how to go on."""
+    args = parse_train(__doc__)
+    if args.resume:
+        raise InputError("the reference can't resume: its random generator depends on all that was drawn before; train_jax.py can")
+    if args.config.fsdp > 1 or args.config.model.dtype != "float32" or args.config.model.remat:
+        raise InputError("the reference trains in float32 on one device: pass --dtype float32 --no-remat --fsdp 1")
+
+    from flaxgpt.run import prepare
+    from torch_ref.train import train
+
+    run, corpus = prepare(args.config, args.out_dir, overwrite=args.overwrite, command=sample_command(args.out_dir))
+    with run:
+        train(run.cfg, corpus, run)
+        run.summary()
+
+
+if __name__ == "__main__":
+    main()

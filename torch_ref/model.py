@@ -1,0 +1,141 @@
+"""GPT-2 as a module that owns its weights. `flaxgpt/model.py` is its functional twin: same names, same numbers.
+
+Architecture: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The modules are created in
+the order that reproduces published outputs after `torch.manual_seed(123)`, so their order here is part of the interface.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from flaxgpt.config import GPTConfig
+
+
+class GPTModel(nn.Module):
+    """Token ids to next-token logits.
+
+    `GPTModel(cfg)(tokens_BT)` gives float32 logits_BTV. Weights are drawn from torch's global generator with the
+    defaults of its layers (`init_gpt2_` draws them again as GPT-2 did); dropout is on in `train()` mode and draws from
+    the same generator.
+    """
+
+    def __init__(self, cfg: GPTConfig | Mapping[str, Any]) -> None:
+        """`cfg` is a GPTConfig or a dict with its fields; fields left out take GPTConfig's defaults."""
+        super().__init__()
+        cfg = self.cfg = cfg if isinstance(cfg, GPTConfig) else GPTConfig.from_dict(cfg)
+        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.emb_dim)
+        self.pos_emb = nn.Embedding(cfg.context_length, cfg.emb_dim)
+        self.drop_emb = nn.Dropout(cfg.drop_rate)
+        self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg.n_layers)])
+        self.final_norm = LayerNorm(cfg.emb_dim)
+        self.out_head = nn.Linear(cfg.emb_dim, cfg.vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.out_head.weight = self.tok_emb.weight
+
+    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """float32 logits_BTV of the token after each position.
+
+        Raises:
+            ValueError: T is larger than the context length.
+        """
+        T = tokens_BT.shape[1]
+        if T > self.cfg.context_length:
+            raise ValueError(f"{T} tokens do not fit in context_length={self.cfg.context_length}; crop them to the last ones")
+        x_BTD = self.tok_emb(tokens_BT) + self.pos_emb(torch.arange(T, device=tokens_BT.device))
+        x_BTD = self.drop_emb(x_BTD)
+        x_BTD = self.trf_blocks(x_BTD)
+        return self.out_head(self.final_norm(x_BTD))
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); dropout on both before the shortcut is added."""
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.att, self.ff = MultiHeadAttention(cfg), FeedForward(cfg)
+        self.norm1, self.norm2 = LayerNorm(cfg.emb_dim), LayerNorm(cfg.emb_dim)
+        self.drop_shortcut1, self.drop_shortcut2 = nn.Dropout(cfg.drop_rate), nn.Dropout(cfg.drop_rate)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        x_BTD = x_BTD + self.drop_shortcut1(self.att(self.norm1(x_BTD)))
+        return x_BTD + self.drop_shortcut2(self.ff(self.norm2(x_BTD)))
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention (Vaswani et al. 2017), scaled by 1/sqrt(H)."""
+
+    mask: torch.Tensor
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.n_heads = cfg.n_heads
+        self.W_query = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
+        self.W_key = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
+        self.W_value = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
+        self.out_proj = nn.Linear(cfg.emb_dim, cfg.emb_dim)
+        self.dropout = nn.Dropout(cfg.drop_rate)
+        # 1 where position T must not look at position S. Checkpoints in the wild hold it; those without load as well.
+        self.register_buffer("mask", torch.triu(torch.ones(cfg.context_length, cfg.context_length), diagonal=1))
+        self.register_load_state_dict_pre_hook(_mask_is_optional)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        B, T, D = x_BTD.shape
+        N, H = self.n_heads, D // self.n_heads
+        q_BNTH, k_BNSH, v_BNSH = (W(x_BTD).view(B, T, N, H).transpose(1, 2) for W in (self.W_query, self.W_key, self.W_value))
+        scores_BNTS = q_BNTH @ k_BNSH.transpose(2, 3)
+        scores_BNTS = scores_BNTS.masked_fill(self.mask.bool()[:T, :T], -torch.inf)
+        weights_BNTS = torch.softmax(scores_BNTS / H**0.5, dim=-1)
+        weights_BNTS = self.dropout(weights_BNTS)
+        context_BTNH = (weights_BNTS @ v_BNSH).transpose(1, 2)
+        return self.out_proj(context_BTNH.reshape(B, T, D))
+
+
+class FeedForward(nn.Module):
+    """D -> 4 D -> D with GELU between."""
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(cfg.emb_dim, 4 * cfg.emb_dim), GELU(), nn.Linear(4 * cfg.emb_dim, cfg.emb_dim))
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.layers(x_BTD)
+
+
+class LayerNorm(nn.Module):
+    """Zero mean and unit (biased) variance over the last axis, eps 1e-5."""
+
+    def __init__(self, emb_dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(emb_dim))
+        self.shift = nn.Parameter(torch.zeros(emb_dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = x.mean(dim=-1, keepdim=True)
+        variance = x.var(dim=-1, keepdim=True, unbiased=False)
+        return self.scale * ((x - mean) / torch.sqrt(variance + 1e-5)) + self.shift
+
+
+class GELU(nn.Module):
+    """The tanh approximation (Hendrycks & Gimpel 2016), as GPT-2 was trained."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def init_gpt2_(model: GPTModel) -> None:
+    """Draw the weights again as GPT-2 did: normal(0.02), residual projections normal(0.02 / sqrt(2 L)), biases zero."""
+    residual_std = 0.02 * (2 * model.cfg.n_layers) ** -0.5
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif name.endswith("weight"):
+            nn.init.normal_(parameter, std=residual_std if name.endswith(("out_proj.weight", "layers.2.weight")) else 0.02)
+
+
+def _mask_is_optional(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    state_dict.setdefault(prefix + "mask", module.mask)
