@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from flaxgpt.config import GPTConfig, TrainConfig
-from flaxgpt.convert import from_torch
+from flaxgpt.convert import from_torch, shape_faults
 from flaxgpt.errors import InputError
 from flaxgpt.model import GPT
 from flaxgpt.run import CHECKPOINTS, TOKENIZER, TORCH_WEIGHTS, load_config
@@ -36,19 +37,22 @@ def load_run(folder: Path) -> tuple[Params, TrainConfig, Tokenizer]:
             return jax.device_put(from_torch(load_file(weights), cfg.model)), cfg, tokenizer
         except SafetensorError as error:
             raise InputError(f"{weights} is damaged ({error})") from None
-    if not (folder / CHECKPOINTS).is_dir():
-        raise InputError(f"no checkpoint in {folder / CHECKPOINTS}")
-    checkpoints = Checkpoints(folder / CHECKPOINTS)
-    return checkpoints.restore_params(cfg.model), cfg, tokenizer
+    return Checkpoints(folder / CHECKPOINTS).restore_params(cfg.model), cfg, tokenizer
 
 
 class Checkpoints:
     """The `checkpoints` folder of a run: a numbered folder for each saved count of updates."""
 
     def __init__(self, folder: Path, keep: int | None = None) -> None:
-        """`folder` need not exist yet; all but the newest `keep` checkpoints are deleted as new ones are completed."""
-        self._folder = folder.absolute()
-        self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep))
+        """All but the newest `keep` checkpoints are deleted as new ones are completed."""
+        self._folder, self._keep = folder.absolute(), keep
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Made at its first use, since it makes the folder: a run that is refused leaves none behind."""
+        handlers = {"params": ocp.StandardCheckpointHandler(), "rest": ocp.StandardCheckpointHandler()}
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
+        return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def save(self, state: TrainState) -> None:
         """Save in the background. The state may be donated right after: Orbax has taken hold of its contents."""
@@ -60,7 +64,7 @@ class Checkpoints:
         """The newest checkpoint, with the shapes of `template`, each leaf placed as `shardings` says.
 
         Raises:
-            InputError: there is none, or it is of another model or optimizer.
+            InputError: there is none, or it is of another model.
         """
         wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), template, shardings)
         items = self._restore(params=wanted.params, rest=(wanted.step, wanted.opt_state, wanted.key))
@@ -83,12 +87,18 @@ class Checkpoints:
         self._manager.close()
 
     def _restore(self, **wanted: Any) -> Any:
-        step = self._manager.latest_step()
+        step = self._manager.latest_step() if self._folder.is_dir() else None
         if step is None:
             raise InputError(f"no checkpoint in {self._folder}")
-        try:
-            args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-            return self._manager.restore(step, args=ocp.args.Composite(**args))
-        except (ValueError, KeyError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"the checkpoint {self._folder / str(step)} does not fit this run's config.json ({reason})") from None
+        # Compared before anything is read: the moments have the shapes of the parameters, so these decide.
+        saved = self._manager.item_metadata(step)["params"]
+        if saved is None:
+            raise InputError(f"{self._folder / str(step)} is not a checkpoint of this program: it has no parameters")
+        if faults := shape_faults(_shapes(saved.tree), _shapes(wanted["params"])):
+            raise InputError(f"the checkpoint {self._folder / str(step)} does not fit this run's config.json: {'; '.join(faults)}")
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+        return self._manager.restore(step, args=ocp.args.Composite(**args))
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}

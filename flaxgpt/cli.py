@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -49,8 +51,12 @@ def parse(kind: type[T], args: list[str] | None = None, **options: Any) -> T:
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip(" │") for line in frame.getvalue().splitlines()[1:]]
-        message = " ".join(line for line in lines[: next((i for i, line in enumerate(lines) if line.startswith("─")), None)] if line)
+        # A title, the message and hints, with rules between: the first rule holds the title, or follows it in plain ASCII.
+        lines = (line.strip(" │") for line in frame.getvalue().splitlines())
+        parts = [
+            list(part) for rule, part in itertools.groupby(lines, lambda line: bool(re.fullmatch(r"[╭─╰-].*[╮─╯-]", line))) if not rule
+        ]
+        message = " ".join(parts[0 if frame.getvalue().startswith("╭") else 1])
         raise InputError(f"{message}; --help lists the options") from None
 
 

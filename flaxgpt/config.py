@@ -145,7 +145,7 @@ class TrainConfig(_Config):
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
     prompt: str | None = None
-    """What the sample after each evaluation starts from; None: the first tokens of the validation text."""
+    """What the sample after each evaluation starts from; None: two words of the validation text."""
     sample_tokens: int = 50
     """Tokens in that sample, decoded greedily; 0: none."""
     fsdp: int = 1
@@ -251,8 +251,18 @@ def _gpt2(n_layers: int, n_heads: int, emb_dim: int, learning_rate: float) -> tu
 
 PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tiny": (
-        {"context_length": 128, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0, "tie_embeddings": True, "vocab_size": 96},
-        {"tokenizer": "char", "batch_size": 16, "max_steps": 1500, "stride": 1, "beta2": 0.99, "eval_every": 150},
+        {"context_length": 64, "emb_dim": 192, "n_heads": 3, "n_layers": 2, "drop_rate": 0.0, "tie_embeddings": True, "vocab_size": 95},
+        {
+            "tokenizer": "char",
+            "batch_size": 12,
+            "max_steps": 1200,
+            "stride": 1,
+            "learning_rate": 4e-3,
+            "min_learning_rate": 4e-4,
+            "beta2": 0.99,
+            "eval_every": 200,
+            "sample_tokens": 100,
+        },
     ),
     "verdict-124m": (
         {"context_length": 256, "init": "torch"},

@@ -68,7 +68,7 @@ def from_torch(state_dict: Mapping[str, Any], cfg: GPTConfig) -> Params:
     arrays = {key: np.asarray(value) for key, value in state_dict.items() if not _is_mask(key, cfg)}
     tied_head = arrays.pop("out_head.weight", None) if cfg.tie_embeddings else None
     wanted = {key: row.shape for row in rows for key in _keys(row, cfg)}
-    faults = _faults({key: array.shape for key, array in arrays.items()}, wanted)
+    faults = shape_faults({key: array.shape for key, array in arrays.items()}, wanted)
     if tied_head is not None and not np.array_equal(tied_head, arrays.get("tok_emb.weight")):
         faults.append("out_head.weight differs from tok_emb.weight, but tie_embeddings is set")
     if faults:
@@ -92,7 +92,7 @@ def to_torch(params: Mapping[str, Any], cfg: GPTConfig) -> StateDict:
     arrays = {path: np.asarray(value, np.float32) for path, value in _flatten(params)}
     lead = (cfg.n_layers,)
     wanted = {row.path: (lead if row.stacked else ()) + (row.shape[::-1] if row.transposed else row.shape) for row in rows}
-    if faults := _faults({path: array.shape for path, array in arrays.items()}, wanted):
+    if faults := shape_faults({path: array.shape for path, array in arrays.items()}, wanted):
         raise InputError("the parameters do not fit the config: " + "; ".join(faults))
 
     state_dict: StateDict = {}
@@ -114,7 +114,8 @@ def _is_mask(key: str, cfg: GPTConfig) -> bool:
     return any(key == f"trf_blocks.{i}.att.mask" for i in range(cfg.n_layers))
 
 
-def _faults(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+def shape_faults(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What keeps these named shapes from being the wanted ones, a phrase for each kind of fault."""
     faults = []
     if missing := [name for name in wanted if name not in found]:
         faults.append(f"missing: {', '.join(missing)}")

@@ -12,9 +12,11 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from flaxgpt.config import TrainConfig
 from flaxgpt.errors import InputError
 from flaxgpt.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, load_tokenizer
 
@@ -55,6 +57,27 @@ def load_corpus(data: str, tokenizer: str, train_ratio: float) -> Corpus:
     if not folder.is_dir():
         _write_tokens(folder, text, CharTokenizer(text) if tokenizer == "char" else get_tokenizer(tokenizer), train_ratio)
     return _open_tokens(folder, tokenizer)
+
+
+def count_windows(n_tokens: int, cfg: TrainConfig, split: Literal["training", "validation"]) -> int:
+    """How many windows a split has: training windows start `cfg.window_stride` tokens apart, validation windows do not overlap.
+
+    Raises:
+        InputError: there is not one window, or not one batch to train on.
+    """
+    T = cfg.model.context_length
+    count = -(-(n_tokens - T) // (cfg.window_stride if split == "training" else T))  # each needs its next token too
+    if count < 1:
+        raise InputError(
+            f"the {split} split has {n_tokens} tokens, fewer than one window of context_length + 1 = {T + 1}; "
+            "use a longer text, a smaller context_length or another train_ratio"
+        )
+    if split == "training" and cfg.drop_last and count < cfg.batch_size:
+        raise InputError(
+            f"the training split has {count} windows, fewer than batch_size={cfg.batch_size}; "
+            "lower batch_size, context_length or stride, or pass --no-drop-last"
+        )
+    return count
 
 
 def cache_dir() -> Path:
@@ -164,7 +187,10 @@ def _open_tokens(folder: Path, tokenizer: str) -> Corpus:
         if path.stat().st_size % 2:
             raise InputError(f"{path} is not a file of uint16 tokens: it has {path.stat().st_size} bytes, an odd number")
         empty = path.stat().st_size == 0  # which cannot be memory-mapped
-        splits.append(np.zeros(0, np.uint16) if empty else np.memmap(path, dtype=np.uint16, mode="r"))
+        tokens = np.zeros(0, np.uint16) if empty else np.memmap(path, dtype=np.uint16, mode="r")
+        if not empty and (largest := int(tokens.max())) >= loaded.vocab_size:
+            raise InputError(f"{path} has the token id {largest}, outside the vocabulary of {loaded.vocab_size}")
+        splits.append(tokens)
     return Corpus(*splits, loaded)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import grain
 import numpy as np
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.errors import InputError
+from flaxgpt.corpus import count_windows
 
 Batch = tuple[np.ndarray, np.ndarray]
 """inputs_BT and targets_BT, uint16; the targets are the inputs one token later."""
@@ -37,12 +39,8 @@ def train_batches(tokens: np.ndarray, cfg: TrainConfig, seed: int | None = None)
     Raises:
         InputError: there are fewer tokens than one window, or fewer windows than one batch.
     """
-    windows = _windows(tokens, cfg.model.context_length, cfg.window_stride, "training")
-    if cfg.drop_last and len(windows) < cfg.batch_size:
-        raise InputError(
-            f"the training split has {len(windows)} windows, fewer than batch_size={cfg.batch_size}; lower batch_size, "
-            f"context_length or stride, or pass --no-drop-last"
-        )
+    count_windows(len(tokens), cfg, "training")
+    windows = Windows(tokens, cfg.model.context_length, cfg.window_stride)
     dataset = grain.MapDataset.source(windows).seed(cfg.seed if seed is None else seed)
     if cfg.shuffle:
         dataset = dataset.shuffle()
@@ -51,7 +49,7 @@ def train_batches(tokens: np.ndarray, cfg: TrainConfig, seed: int | None = None)
     return dataset.repeat().batch(cfg.batch_size)  # the windows left over begin the next epoch's first batch
 
 
-def eval_batches(tokens: np.ndarray, cfg: TrainConfig, split: str) -> list[Batch]:
+def eval_batches(tokens: np.ndarray, cfg: TrainConfig, split: Literal["training", "validation"]) -> list[Batch]:
     """The batches that every evaluation of a split uses: `eval_batches` of them, or all there are.
 
     Training windows are drawn by the seed; validation windows do not overlap and are spread evenly over the text.
@@ -60,24 +58,16 @@ def eval_batches(tokens: np.ndarray, cfg: TrainConfig, split: str) -> list[Batch
     Raises:
         InputError: the split has fewer tokens than one window.
     """
-    stride = cfg.window_stride if split == "training" else cfg.model.context_length
-    windows = _windows(tokens, cfg.model.context_length, stride, split)
-    size = min(cfg.batch_size, len(windows))
-    count = min(cfg.eval_batches, len(windows) // size)
+    available = count_windows(len(tokens), cfg, split)
+    size = min(cfg.batch_size, available)
+    count = min(cfg.eval_batches, available // size)
+    T = cfg.model.context_length
     if split == "training":
-        order = np.random.default_rng(cfg.seed).choice(len(windows), count * size, replace=False)
+        windows = Windows(tokens, T, cfg.window_stride)
+        order = np.random.default_rng(cfg.seed).choice(available, count * size, replace=False)
     else:
-        order = np.arange(count * size) * len(windows) // (count * size)
+        windows = Windows(tokens, T, T)
+        order = np.arange(count * size) * available // (count * size)
     return [
         tuple(np.stack(side) for side in zip(*(windows[i] for i in order[k * size : (k + 1) * size]), strict=True)) for k in range(count)
     ]
-
-
-def _windows(tokens: np.ndarray, context_length: int, stride: int, split: str) -> Windows:
-    windows = Windows(tokens, context_length, stride)
-    if not len(windows):
-        raise InputError(
-            f"the {split} split has {len(tokens)} tokens, fewer than one window of context_length + 1 = "
-            f"{context_length + 1}; use a longer text, a smaller context_length or another train_ratio"
-        )
-    return windows

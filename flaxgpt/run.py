@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.corpus import Corpus, load_corpus
+from flaxgpt.corpus import Corpus, count_windows, load_corpus
 from flaxgpt.errors import InputError
 from flaxgpt.plots import save_loss_plot
 from flaxgpt.tokenizer import Tokenizer, load_tokenizer
@@ -108,12 +109,22 @@ def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite:
         cfg = cfg.replace(model=cfg.model.replace(vocab_size=tokenizer.vocab_size))
     if cfg.model.vocab_size < tokenizer.vocab_size:
         raise InputError(f"vocab_size={cfg.model.vocab_size}: the tokenizer {cfg.tokenizer} needs at least {tokenizer.vocab_size}")
-    if cfg.prompt:
-        tokenizer.encode(cfg.prompt)
+    prompt_ids(cfg, corpus)
+    count_windows(len(corpus.train), cfg, "training")
+    count_windows(len(corpus.val), cfg, "validation")
     check_out_dir(out_dir, cfg, resume=resume, overwrite=overwrite)
     if resume and load_tokenizer(out_dir / TOKENIZER).to_dict() != tokenizer.to_dict():
         raise InputError(f"--resume: the alphabet of {cfg.data} is not the one that {out_dir} was trained on")
     return Run(out_dir, cfg, tokenizer, resume=resume, command=command), corpus
+
+
+def prompt_ids(cfg: TrainConfig, corpus: Corpus) -> list[int]:
+    """What the samples of a run start from: its prompt, or two whole words from the start of the validation text."""
+    if cfg.prompt:
+        return corpus.tokenizer.encode(cfg.prompt)
+    text = corpus.tokenizer.decode(corpus.val[:200].tolist())
+    words = re.search(r"\s(\S+\s+\S+)\s", text)
+    return corpus.tokenizer.encode(words[1] if words else text[:8])
 
 
 class Run:
@@ -132,11 +143,6 @@ class Run:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if not self._resume and self.folder.exists():
-            shutil.rmtree(self.folder)  # empty, or --overwrite: check_out_dir has seen to it
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write(CONFIG, json.dumps(self.cfg.to_dict(), indent=2) + "\n")
-        self._write(TOKENIZER, json.dumps(self._tokenizer.to_dict()) + "\n")
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._interrupt)
         return self
@@ -148,7 +154,12 @@ class Run:
             signal.signal(number, handler)
 
     def begin(self, step: int, *, n_params: int, devices: str) -> None:
-        """Training starts at this update (0, or where the checkpoint was made): later records are forgotten."""
+        """Make the folder. Training starts at this update (0, or where the checkpoint was made): later records are forgotten."""
+        if not self._resume and self.folder.exists():
+            shutil.rmtree(self.folder)  # empty, or --overwrite: check_out_dir has seen to it
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write(CONFIG, json.dumps(self.cfg.to_dict(), indent=2) + "\n")
+        self._write(TOKENIZER, json.dumps(self._tokenizer.to_dict()) + "\n")
         self._records = [r for r in read_metrics(self.folder) if r["step"] < step] if step else []
         self._write(METRICS, "".join(json.dumps(r) + "\n" for r in self._records))
         if not step:

@@ -13,13 +13,12 @@ import optax
 
 from flaxgpt import data, sharding
 from flaxgpt.checkpoint import Checkpoints
-from flaxgpt.config import TrainConfig
 from flaxgpt.corpus import Corpus
 from flaxgpt.generate import generate
 from flaxgpt.loss import next_token_loss
 from flaxgpt.model import GPT
 from flaxgpt.optim import make_optimizer, make_schedule
-from flaxgpt.run import Run
+from flaxgpt.run import CHECKPOINTS, Run, prompt_ids
 from flaxgpt.state import Params, TrainState, abstract_state, count_params, create_state
 
 Metrics = dict[str, jax.Array]
@@ -57,7 +56,7 @@ def make_train_step(
         loss, grads = mean_gradient(state.params, batch, dropout_key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state, state.key), {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state, state.key), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
     return train_step
 
@@ -72,8 +71,8 @@ def make_eval_step(model: GPT) -> Callable[[Params, data.Batch], jax.Array]:
     return eval_step
 
 
-def train(cfg: TrainConfig, corpus: Corpus, run: Run, checkpoints: Checkpoints, *, resume: bool = False) -> TrainState:
-    """Train from the start, or from the newest checkpoint, to `cfg.max_steps` updates.
+def train(run: Run, corpus: Corpus, *, resume: bool = False) -> TrainState:
+    """Train from the start, or from the run's newest checkpoint, to `max_steps` updates.
 
     Update s (from 0) trains on batch s; an evaluation, log line or checkpoint "at step s" comes after that update.
     The loop never waits for the update it has just dispatched: while the device computes it, the metrics of the one
@@ -82,14 +81,16 @@ def train(cfg: TrainConfig, corpus: Corpus, run: Run, checkpoints: Checkpoints, 
     Raises:
         InputError: the splits are too short for the config, or there is nothing to resume from.
     """
+    cfg = run.cfg
     train_batches = data.train_batches(corpus.train, cfg)
     splits = {
         "train": data.eval_batches(corpus.train, cfg, "training"),
         "val": data.eval_batches(corpus.val, cfg, "validation"),
     }
-    prompt = np.asarray(corpus.tokenizer.encode(cfg.prompt) if cfg.prompt else corpus.val[:8], np.int32)[None]
+    prompt_BT = np.asarray([prompt_ids(cfg, corpus)], np.int32)
 
     mesh, tx, model = sharding.make_mesh(cfg.fsdp), make_optimizer(cfg), GPT(cfg.model)
+    checkpoints = Checkpoints(run.folder / CHECKPOINTS, keep=cfg.keep_checkpoints)
     if resume:
         template = abstract_state(cfg, tx)
         state = checkpoints.restore(template, sharding.state_shardings(template, mesh))
@@ -111,7 +112,7 @@ def train(cfg: TrainConfig, corpus: Corpus, run: Run, checkpoints: Checkpoints, 
         losses = {name: _mean([eval_step(state.params, sharding.shard_batch(b, mesh)) for b in split]) for name, split in splits.items()}
         text = ""
         if cfg.sample_tokens:
-            ids = generate(state.params, cfg.model, prompt, max_new_tokens=cfg.sample_tokens)
+            ids = generate(state.params, cfg.model, prompt_BT, max_new_tokens=cfg.sample_tokens)
             text = corpus.tokenizer.decode(np.asarray(ids[0]).tolist())
         run.evaluation(step, losses["train"], losses["val"], text)
 

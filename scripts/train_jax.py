@@ -14,14 +14,12 @@ def main() -> None:
     """Parse the flags, load the data, train, tell how to go on."""
     args = parse_train(__doc__)
 
-    from flaxgpt.checkpoint import Checkpoints
-    from flaxgpt.run import CHECKPOINTS, prepare
+    from flaxgpt.run import prepare
     from flaxgpt.train import train
 
     run, corpus = prepare(args.config, args.out_dir, resume=args.resume, overwrite=args.overwrite, command=sample_command(args.out_dir))
     with run:
-        checkpoints = Checkpoints(run.folder / CHECKPOINTS, keep=run.cfg.keep_checkpoints)
-        train(run.cfg, corpus, run, checkpoints, resume=args.resume)
+        train(run, corpus, resume=args.resume)
         run.summary()
 
 

@@ -23,7 +23,7 @@ def main() -> None:
 
     run, corpus = prepare(args.config, args.out_dir, overwrite=args.overwrite, command=sample_command(args.out_dir))
     with run:
-        train(run.cfg, corpus, run)
+        train(run, corpus)
         run.summary()
 
 

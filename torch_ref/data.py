@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from flaxgpt.config import TrainConfig
+from flaxgpt.corpus import count_windows
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """inputs_BT and targets_BT, int64; the targets are the inputs one token later."""
@@ -31,8 +32,13 @@ def create_dataloaders(train_tokens: np.ndarray, val_tokens: np.ndarray, cfg: Tr
     """The training loader (shuffled, without the last incomplete batch) and the validation loader (neither).
 
     Iterating either draws from torch's global generator, and so changes what dropout draws next.
+
+    Raises:
+        InputError: a split has less than one window, or the training split less than one batch.
     """
     T = cfg.model.context_length
+    count_windows(len(train_tokens), cfg, "training")
+    count_windows(len(val_tokens), cfg, "validation")
     train = DataLoader(WindowDataset(train_tokens, T, cfg.window_stride), cfg.batch_size, shuffle=cfg.shuffle, drop_last=cfg.drop_last)
     val = DataLoader(WindowDataset(val_tokens, T, T), cfg.batch_size, shuffle=False, drop_last=False)
     return train, val

@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader
 
 from flaxgpt.config import TrainConfig
 from flaxgpt.corpus import Corpus
-from flaxgpt.run import CHECKPOINTS, TORCH_WEIGHTS, Run
+from flaxgpt.run import CHECKPOINTS, TORCH_WEIGHTS, Run, prompt_ids
 from torch_ref.data import Batch, create_dataloaders
 from torch_ref.generate import generate_text_simple
 from torch_ref.model import GPTModel, init_gpt2_
 
 
-def train(cfg: TrainConfig, corpus: Corpus, run: Run, device: str = "cpu") -> GPTModel:
-    """Train for `cfg.max_steps` updates, the same run as `flaxgpt.train.train`, in the reference.
+def train(run: Run, corpus: Corpus, device: str = "cpu") -> GPTModel:
+    """Train for `max_steps` updates, the same run as `flaxgpt.train.train`, in the reference.
 
     Everything draws from one generator in the order in which it happens: the weights, each epoch's shuffle, the dropout
     masks. Evaluating shuffles the training data too, so `eval_every` is part of what the run computes. With the preset
@@ -30,6 +30,7 @@ def train(cfg: TrainConfig, corpus: Corpus, run: Run, device: str = "cpu") -> GP
     Raises:
         InputError: the splits are too short for the config.
     """
+    cfg = run.cfg
     train_loader, val_loader = create_dataloaders(corpus.train, corpus.val, cfg)
     torch.manual_seed(cfg.seed)
     model = GPTModel(cfg.model)
@@ -37,7 +38,7 @@ def train(cfg: TrainConfig, corpus: Corpus, run: Run, device: str = "cpu") -> GP
         init_gpt2_(model)
     model.to(device)
     optimizer = make_optimizer(model, cfg)
-    prompt = torch.tensor([corpus.tokenizer.encode(cfg.prompt) if cfg.prompt else corpus.val[:8].tolist()], device=device)
+    prompt_BT = torch.tensor([prompt_ids(cfg, corpus)], device=device)
 
     run.begin(0, n_params=sum(p.numel() for p in model.parameters()), devices=f"1 x {device} (torch)")
     step = 0
@@ -59,7 +60,7 @@ def train(cfg: TrainConfig, corpus: Corpus, run: Run, device: str = "cpu") -> GP
             last = step == cfg.max_steps - 1 or run.interrupted
             if last or step % cfg.eval_every == 0:
                 train_loss, val_loss = evaluate_model(model, train_loader, val_loader, cfg.eval_batches)
-                ids = generate_text_simple(model, prompt, cfg.sample_tokens, cfg.model.context_length)
+                ids = generate_text_simple(model, prompt_BT, cfg.sample_tokens, cfg.model.context_length)
                 run.evaluation(step, train_loss, val_loss, corpus.tokenizer.decode(ids[0].tolist()) if cfg.sample_tokens else "")
             if last or (step + 1) % cfg.checkpoint_every == 0:
                 save_model(model, run.folder / CHECKPOINTS / TORCH_WEIGHTS)

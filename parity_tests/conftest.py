@@ -1,0 +1,67 @@
+"""Fixtures that several files of tests share. Nothing here downloads anything."""
+
+import os
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from flaxgpt.config import GPTConfig
+from flaxgpt.convert import from_torch
+from flaxgpt.corpus import cache_dir, download
+from torch_ref.model import GPTModel
+
+jax.config.update("jax_default_matmul_precision", "float32")
+# Many tests compile the same small programs; those of one session are shared through this folder.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="flaxgpt-tests-"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+torch.set_num_threads(os.cpu_count() or 1)
+
+SMALL = GPTConfig(vocab_size=97, context_length=16, emb_dim=32, n_heads=4, n_layers=2, drop_rate=0.0)
+
+
+@pytest.fixture
+def verdict() -> str:
+    return _named_text("the-verdict")
+
+
+@pytest.fixture
+def shakespeare() -> str:
+    return _named_text("tinyshakespeare")
+
+
+def _named_text(name: str) -> str:
+    path = cache_dir() / f"{name}.txt"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: tests don't download; `flaxgpt-train --data {name} --max-steps 1` fetches it")
+    return download(name).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def private_cache(tmp_path, monkeypatch):
+    """A cache folder that is empty, so that a test neither sees nor changes the user's."""
+    monkeypatch.setenv("FLAXGPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def random_pair(cfg: GPTConfig, seed: int = 0) -> tuple[GPTModel, dict]:
+    """A torch model in eval mode with nothing at its default (zeros and ones hide bugs), and its parameters for flaxgpt."""
+    torch.manual_seed(seed)
+    model = GPTModel(cfg).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("scale", "shift", "bias")):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model, from_torch(model.state_dict(), cfg)
+
+
+def random_ids(cfg: GPTConfig, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, cfg.vocab_size, shape)
+
+
+def relative(a, b) -> float:
+    """||a - b|| / ||b||, in float64."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))

@@ -1,0 +1,162 @@
+"""The scripts as a user meets them: flags, errors in one line with exit code 2, help."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import sample  # noqa: E402
+import train_jax  # noqa: E402
+import train_torch  # noqa: E402
+
+SMALL_MODEL = ["--n-layers", "1", "--n-heads", "2", "--emb-dim", "16", "--context-length", "8"]
+SMALL_RUN = [*SMALL_MODEL, "--batch-size", "2", "--max-steps", "3", "--eval-batches", "1", "--sample-tokens", "4"]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, private_cache, tmp_path):
+    """Run a script's main in this process, in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *args):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / f"{script.__name__}.py"), *map(str, args)])
+        code = 0
+        try:
+            script.main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def refused(result, pattern):
+    code, _, err = result
+    assert code == 2
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert re.search(pattern, err), err
+
+
+@pytest.mark.parametrize("trainer", [train_jax, train_torch], ids=lambda m: m.__name__)
+def test_train_then_sample(call, trainer, tmp_path):
+    code, out, err = call(trainer, *SMALL_RUN, "--out-dir", "runs/a")
+    assert code == 0, err
+    assert "val loss" in out
+    command = re.search(r"sample: +(.*)", out)[1]
+    assert "sample.py --checkpoint runs/a" in command
+    code, out, err = call(sample, "--checkpoint", "runs/a", "--prompt", "the", "--max-new-tokens", "5", "--num-samples", "2")
+    assert code == 0
+    texts = re.split(r"--- sample \d ---\n", out)[1:]
+    assert [len(text.removesuffix("\n")) for text in texts] == [8, 8]
+    assert "tokens/s" in err
+    assert call(sample, "--checkpoint", "runs/a", "--prompt", "the", "--max-new-tokens", "5", "--num-samples", "2")[1] == out
+
+
+def test_a_run_folder_is_not_touched_unless_told(call, tmp_path):
+    assert call(train_jax, *SMALL_RUN, "--out-dir", "a")[0] == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    refused(call(train_jax, *SMALL_RUN, "--out-dir", "a"), "a exists.*--resume.*--overwrite")
+    refused(call(train_jax, *SMALL_RUN, "--out-dir", "a", "--overwrite", "--resume"), "exclude")
+    refused(call(train_jax, "--out-dir", "a", "--resume", "--emb-dim", "32"), "can't change model")
+    refused(call(train_jax, *SMALL_RUN, "--out-dir", "a", "--overwrite", "--data", "nope"), "no corpus 'nope'")
+    refused(call(train_torch, "--out-dir", "a", "--resume"), "reference can't resume")
+    assert {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()} == before
+    code, out, _ = call(train_jax, "--out-dir", "a", "--resume", "--max-steps", "5")
+    assert code == 0
+    assert "updates 3 to 4" in out
+    code, out, _ = call(train_jax, *SMALL_RUN, "--out-dir", "a", "--overwrite")
+    assert code == 0
+    assert "updates 0 to 2" in out
+
+
+def test_overwrite_deletes_nothing_but_run_folders(call, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    refused(call(train_jax, *SMALL_RUN, "--out-dir", "thesis", "--overwrite"), "not a run folder")
+    assert (tmp_path / "thesis" / "thesis.tex").read_text() == "years of work"
+    refused(call(train_jax, *SMALL_RUN, "--out-dir", "thesis/thesis.tex"), "is a file")
+    refused(call(train_jax, "--out-dir", "thesis", "--resume"), "not a run folder")
+
+
+@pytest.mark.parametrize(
+    ("args", "pattern"),
+    [
+        (["--preset", "huge"], "unknown preset 'huge'.*tiny"),
+        (["--warp-drive", "9"], "--warp-drive"),
+        (["--max-steps", "many"], "--max-steps.*'many'"),
+        (["--max-steps"], "--max-steps"),
+        (["--preset"], "--preset"),
+        (["--tokenizer", "words"], "words.*gpt2"),
+        (["--emb-dim", "30", "--n-heads", "4"], "emb_dim=30 is not divisible by n_heads=4"),
+        (["--data", "absent.txt"], "no corpus 'absent.txt'"),
+        (["--data", "short.txt"], "training split has .* tokens, fewer than one window"),
+        (["--data", "empty.txt"], "no text"),
+        (["--data", "latin1.txt"], "not UTF-8"),
+        (["--prompt", ""], "prompt is empty"),
+        (["--prompt", "größer"], "'ßö'.*alphabet"),
+        (["--fsdp", "7", "--emb-dim", "84"], "fsdp=7 does not divide"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(call, tmp_path, args, pattern):
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin1.txt").write_bytes("déjà vu ".encode("latin-1") * 99)
+    refused(call(train_jax, *args, "--out-dir", "out"), pattern)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_to_sampling_is_one_line(call, tmp_path):
+    assert call(train_jax, *SMALL_RUN, "--out-dir", "a")[0] == 0
+    for args, pattern in [
+        (["--checkpoint", "absent"], "not a run folder"),
+        ([], "--checkpoint"),
+        (["--checkpoint", "a", "--prompt", ""], "prompt is empty"),
+        (["--checkpoint", "a", "--prompt", "ö"], "'ö'"),
+        (["--checkpoint", "a", "--temperature", "-1"], "temperature"),
+        (["--checkpoint", "a", "--temperature", "nan"], "temperature"),
+        (["--checkpoint", "a", "--top-k", "0"], "top_k"),
+        (["--checkpoint", "a", "--num-samples", "0"], "num_samples"),
+        (["--checkpoint", "a", "--max-new-tokens", "-5"], "max_new_tokens"),
+        (["--checkpoint", "a", "--seed", "-5"], "seed"),
+    ]:
+        refused(call(sample, *args), pattern)
+    code, out, err = call(sample, "--checkpoint", "a", "--prompt", "the value of", "--max-new-tokens", "2")
+    assert code == 0
+    assert out.startswith("the value of")
+    assert "12 tokens; the model sees the last 8" in err
+
+
+def test_a_missing_or_foreign_checkpoint_is_one_line(call, tmp_path):
+    assert call(train_jax, *SMALL_RUN, "--out-dir", "a")[0] == 0
+    config = tmp_path / "a" / "config.json"
+    config.write_text(config.read_text().replace('"emb_dim": 16', '"emb_dim": 32'))
+    refused(call(sample, "--checkpoint", "a", "--prompt", "the"), "does not fit")
+    refused(call(train_jax, "--out-dir", "a", "--resume", "--max-steps", "5"), "does not fit")
+    config.write_text("{}")
+    refused(call(sample, "--checkpoint", "a", "--prompt", "the"), "does not fit")
+    config.write_text('{"surprise": 1}')
+    refused(call(sample, "--checkpoint", "a", "--prompt", "the"), "surprise")
+    config.write_text("not json")
+    refused(call(sample, "--checkpoint", "a", "--prompt", "the"), "config.json")
+
+
+@pytest.mark.parametrize("script", ["train_jax", "train_torch", "sample"])
+def test_help_teaches_and_loads_no_framework(script):
+    code = f"import sys, runpy; sys.argv = ['{script}.py', '--help']; runpy.run_path(r'{SCRIPTS / script}.py', run_name='__main__')"
+    watched = f"""
+import atexit, sys
+atexit.register(lambda: print("LOADED", sorted({{"jax", "torch", "matplotlib"}} & set(sys.modules))))
+{code}
+"""
+    out = subprocess.run([sys.executable, "-c", watched], capture_output=True, text=True, check=True).stdout
+    assert "LOADED []" in out
+    assert "Examples:" in out
+    assert "--seed" in out

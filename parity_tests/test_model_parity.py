@@ -1,0 +1,228 @@
+"""The same weights give the same numbers on both sides."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, random_ids, random_pair, relative
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flaxgpt import model as flax_model
+from flaxgpt.config import GPTConfig
+from flaxgpt.generate import generate
+from flaxgpt.loss import next_token_loss
+from flaxgpt.model import GPT
+from torch_ref import model as torch_model
+from torch_ref.generate import generate_text_simple
+from torch_ref.train import calc_loss_batch
+
+# Measured over 300 random configs on a CPU: logits 4.3e-07 at most, loss 1.5e-07, gradients 1.2e-06.
+LOGITS_BOUND, LOSS_BOUND, GRADIENT_BOUND = 4e-6, 1e-6, 1e-5
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> GPTConfig:
+    n_heads = draw(st.integers(1, 4))
+    return GPTConfig(
+        vocab_size=draw(st.integers(2, 80)),
+        context_length=draw(st.integers(1, 20)),
+        emb_dim=n_heads * draw(st.integers(1, 12)),
+        n_heads=n_heads,
+        n_layers=draw(st.integers(1, 3)),
+        drop_rate=0.0,
+        qkv_bias=draw(st.booleans()),
+        tie_embeddings=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(cfg=configs(), data=st.data())
+def test_logits_loss_and_greedy_text_are_equal_for_any_config(cfg, data):
+    batch, length, seed = data.draw(st.integers(1, 3)), data.draw(st.integers(1, cfg.context_length)), data.draw(st.integers(0, 999))
+    reference, params = random_pair(cfg, seed)
+    tokens, targets = random_ids(cfg, (batch, length), seed), random_ids(cfg, (batch, length), seed + 1)
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(tokens))
+        expected_loss = calc_loss_batch(reference, torch.from_numpy(tokens), torch.from_numpy(targets))
+    logits = GPT(cfg).apply({"params": params}, tokens)
+    assert logits.dtype == jnp.float32
+    assert (error := relative(logits, expected)) < LOGITS_BOUND, f"logits part by {error:.1e} for {cfg}"
+    # A loss is a difference of logits, so it is as exact as they are large.
+    assert abs(float(next_token_loss(logits, targets)) - float(expected_loss)) < LOSS_BOUND * max(1, float(jnp.abs(logits).max()))
+
+    new = cfg.context_length  # so that it goes past the context
+    ours = generate(params, cfg, tokens, new)
+    theirs = generate_text_simple(reference, torch.from_numpy(tokens), new, cfg.context_length)
+    np.testing.assert_array_equal(ours, theirs, err_msg=f"greedy text differs for {cfg}")
+
+
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"tie_embeddings": True}, {"remat": True}], ids=str)
+def test_every_gradient_is_equal(options):
+    cfg = SMALL.replace(**options)
+    reference, params = random_pair(cfg)
+    tokens, targets = random_ids(cfg, (3, 16)), random_ids(cfg, (3, 16), seed=1)
+    calc_loss_batch(reference, torch.from_numpy(tokens), torch.from_numpy(targets)).backward()
+    # Gradients go through the same table as the weights.
+    expected = flax_tree({name: parameter.grad for name, parameter in reference.named_parameters()}, cfg)
+    gradients = jax.grad(lambda p: next_token_loss(GPT(cfg).apply({"params": p}, tokens), targets))(params)
+    for (path, ours), theirs in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(expected), strict=True):
+        name = jax.tree_util.keystr(path)
+        if "W_key" in name and "bias" in name:
+            # Softmax ignores what all keys share, so this gradient is zero and both sides hold rounding alone.
+            scale = np.linalg.norm(gradients["trf_blocks"]["att"]["W_query"]["bias"])
+            assert max(np.abs(ours).max(), np.abs(theirs).max()) < 1e-6 * scale
+            continue
+        assert (error := relative(ours, theirs)) < GRADIENT_BOUND, f"gradient of {name} differs by {error:.1e}"
+
+
+def flax_tree(state_dict, cfg):
+    from flaxgpt.convert import from_torch
+
+    return from_torch(state_dict, cfg)
+
+
+PLANTED = {
+    "layer norm with eps 1e-3": (flax_model.jax.lax, "rsqrt", lambda v: 1 / jnp.sqrt(v + 1e-3)),
+    "erf GELU": (flax_model.jax.nn, "gelu", lambda x, approximate: 0.5 * x * (1 + jax.scipy.special.erf(x / 2**0.5))),
+    "mask off by one": (flax_model.jnp, "tril", functools.partial(jnp.tril, k=1)),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_seen_in_the_logits(bug, monkeypatch):
+    reference, params = random_pair(SMALL)
+    tokens = random_ids(SMALL, (2, 16))
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(tokens))
+    assert relative(GPT(SMALL).apply({"params": params}, tokens), expected) < LOGITS_BOUND
+    monkeypatch.setattr(*PLANTED[bug])
+    assert relative(GPT(SMALL).apply({"params": params}, tokens), expected) > 10 * LOGITS_BOUND
+
+
+class FixedDropout(torch.nn.Module):
+    """Dropout whose mask is given, in place of nn.Dropout."""
+
+    def __init__(self, keep, rate):
+        super().__init__()
+        self.keep, self.rate = torch.from_numpy(np.array(keep)), rate
+
+    def forward(self, x):
+        return x * self.keep / (1 - self.rate)
+
+
+def test_dropout_masks_handed_in_give_the_logits_of_the_reference_with_the_same_masks():
+    cfg = SMALL.replace(drop_rate=0.3)
+    reference, params = random_pair(cfg)
+    rng = np.random.default_rng(0)
+    B, T, L = 2, 16, cfg.n_layers
+
+    def masks(*shape):
+        return {"keep": rng.random(shape) > cfg.drop_rate}
+
+    given = {
+        "drop_emb": masks(B, T, cfg.emb_dim),
+        "trf_blocks": {
+            "att": {"dropout": masks(L, B, cfg.n_heads, T, T)},
+            "drop_shortcut1": masks(L, B, T, cfg.emb_dim),
+            "drop_shortcut2": masks(L, B, T, cfg.emb_dim),
+        },
+    }
+    reference.drop_emb = FixedDropout(given["drop_emb"]["keep"], cfg.drop_rate)
+    blocks = given["trf_blocks"]
+    for i, block in enumerate(reference.trf_blocks):
+        block.att.dropout = FixedDropout(blocks["att"]["dropout"]["keep"][i], cfg.drop_rate)
+        block.drop_shortcut1 = FixedDropout(blocks["drop_shortcut1"]["keep"][i], cfg.drop_rate)
+        block.drop_shortcut2 = FixedDropout(blocks["drop_shortcut2"]["keep"][i], cfg.drop_rate)
+    tokens = random_ids(cfg, (B, T))
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(tokens))
+    logits = GPT(cfg).apply({"params": params, "dropout_masks": given}, tokens, deterministic=False)
+    assert relative(logits, expected) < LOGITS_BOUND
+    assert relative(GPT(cfg).apply({"params": params}, tokens), expected) > 0.1, "the masks make no difference"
+
+
+def test_dropout_is_a_function_of_its_key_and_keeps_the_mean():
+    cfg = SMALL.replace(drop_rate=0.3)
+    _, params = random_pair(cfg)
+    tokens = random_ids(cfg, (2, 16))
+
+    def logits(seed):
+        return GPT(cfg).apply({"params": params}, tokens, deterministic=False, rngs={"dropout": jax.random.key(seed)})
+
+    np.testing.assert_array_equal(logits(0), logits(0))
+    assert relative(logits(0), logits(1)) > 0.1
+    x = jnp.ones((400, 500))
+    dropped = flax_model.Dropout(0.3).apply({}, x, False, rngs={"dropout": jax.random.key(0)})
+    assert set(np.unique(dropped).tolist()) == {0.0, float(np.float32(1) / np.float32(0.7))}
+    assert abs(float(dropped.mean()) - 1) < 4 * (0.3 / 0.7 / x.size) ** 0.5
+
+
+def test_dropout_differs_between_the_layers():
+    """Shared masks would make two blocks that are alike drop alike."""
+    cfg = SMALL.replace(drop_rate=0.5)
+    _, params = random_pair(cfg)
+    _, captured = GPT(cfg).apply(
+        {"params": params},
+        random_ids(cfg, (2, 16)),
+        deterministic=False,
+        rngs={"dropout": jax.random.key(0)},
+        capture_intermediates=lambda module, _: isinstance(module, flax_model.Dropout),
+        mutable=["intermediates"],
+    )
+    (dropped,) = captured["intermediates"]["drop_emb"]["__call__"]
+    assert (np.asarray(dropped) == 0).mean() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("init", ["gpt2", "torch"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_initialisers_have_the_spread_of_the_reference(init, tied):
+    """Standard deviations, and bounds where the distribution is uniform, of every tensor of both sides."""
+    cfg = GPTConfig(vocab_size=997, context_length=128, emb_dim=128, n_heads=4, n_layers=4, qkv_bias=True, tie_embeddings=tied, init=init)
+    params = GPT(cfg).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    torch.manual_seed(0)
+    reference = torch_model.GPTModel(cfg)
+    if init == "gpt2":
+        torch_model.init_gpt2_(reference)
+    expected = flax_tree({k: v.detach() for k, v in reference.state_dict().items()}, cfg)
+    for (path, ours), theirs in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(expected), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert ours.shape == theirs.shape, name
+        error = 4 * (2 / ours.size) ** 0.5  # four standard errors of the ratio of two standard deviations
+        assert np.std(ours) == pytest.approx(np.std(theirs), rel=error), f"spread of {name}"
+        assert np.mean(ours) == pytest.approx(np.mean(theirs), abs=float(6 * np.std(theirs) * ours.size**-0.5) + 1e-9), f"mean of {name}"
+        if init == "torch" and ("kernel" in name or "bias" in name):
+            assert np.abs(ours).max() == pytest.approx(np.abs(theirs).max(), rel=0.1), f"largest value of {name}"
+
+
+def test_too_long_an_input_is_refused_on_both_sides():
+    reference, params = random_pair(SMALL)
+    tokens = random_ids(SMALL, (1, 17))
+    with pytest.raises(ValueError, match="17 tokens do not fit"):
+        GPT(SMALL).apply({"params": params}, tokens)
+    with pytest.raises(ValueError, match="17 tokens do not fit"):
+        reference(torch.from_numpy(tokens))
+
+
+def test_bfloat16_gives_float32_logits_near_those_of_float32():
+    _, params = random_pair(SMALL)
+    tokens = random_ids(SMALL, (2, 16))
+    exact = GPT(SMALL).apply({"params": params}, tokens)
+    rough = GPT(SMALL.replace(dtype="bfloat16")).apply({"params": params}, tokens)
+    assert rough.dtype == jnp.float32
+    assert 1e-4 < relative(rough, exact) < 2e-2  # one rounding is 4e-3
+
+
+def test_compile_size_does_not_grow_with_depth():
+    """The blocks are one scanned function, so the program is as long for twelve layers as for two."""
+
+    def lines(n_layers):
+        cfg = SMALL.replace(n_layers=n_layers)
+        params = jax.eval_shape(GPT(cfg).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        lowered = jax.jit(lambda p, t: GPT(cfg).apply({"params": p}, t)).lower(params, jax.ShapeDtypeStruct((2, 16), jnp.int32))
+        return len(lowered.as_text().splitlines())
+
+    assert lines(12) == lines(2)

@@ -1,0 +1,208 @@
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+from conftest import SMALL, random_ids, random_pair
+
+from flaxgpt.checkpoint import load_run
+from flaxgpt.config import TrainConfig
+from flaxgpt.data import train_batches
+from flaxgpt.model import GPT
+from flaxgpt.optim import make_optimizer
+from flaxgpt.run import COLUMNS, prepare, read_metrics
+from flaxgpt.state import init_state
+from flaxgpt.train import make_train_step, train
+
+TEXT = "the cat sat on the mat and the dog sat on the log; " * 40
+CONFIG = TrainConfig(
+    model=SMALL.replace(drop_rate=0.2),
+    tokenizer="char",
+    batch_size=4,
+    max_steps=12,
+    warmup_steps=2,
+    log_every=3,
+    eval_every=5,
+    eval_batches=2,
+    checkpoint_every=5,
+    sample_tokens=4,
+)
+
+
+@pytest.fixture
+def config(private_cache, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return CONFIG.replace(data=str(tmp_path / "text.txt"))
+
+
+def run_to_the_end(cfg, out_dir, **options):
+    run, corpus = prepare(cfg, out_dir, **options)
+    with run:
+        state = train(run, corpus, resume=options.get("resume", False))
+        run.summary()
+    return state
+
+
+def assert_equal_bits(a, b):
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        x, y = (jax.random.key_data(v) if jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key) else v for v in (x, y))
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
+
+
+def without_times(folder):
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in read_metrics(folder)]
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped_bit_for_bit(config, tmp_path):
+    whole = run_to_the_end(config, tmp_path / "whole")
+    run_to_the_end(config.replace(max_steps=7, decay_steps=12), tmp_path / "parts")
+    resumed = config.replace(decay_steps=12)
+    state = run_to_the_end(resumed, tmp_path / "parts", resume=True)
+    assert_equal_bits(whole, state)
+    by_step = {r["step"]: r for r in without_times(tmp_path / "parts") if "val/loss" in r}
+    for record in without_times(tmp_path / "whole"):
+        if "val/loss" in record:
+            assert by_step[record["step"]] == record
+
+
+def test_resuming_from_an_older_checkpoint_forgets_what_was_logged_after_it(config, tmp_path):
+    run_to_the_end(config, tmp_path / "run")
+    before = without_times(tmp_path / "run")
+    (newest,) = [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name == "12"]
+    newest.rename(tmp_path / "set-aside")
+    run_to_the_end(config, tmp_path / "run", resume=True)  # from update 10
+    assert without_times(tmp_path / "run") == before
+
+
+def test_the_run_folder_holds_what_scripts_rely_on(config, tmp_path, capsys):
+    run_to_the_end(config, tmp_path / "run")
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {
+        *("config.json", "tokenizer.json", "metrics.jsonl", "metrics.csv", "loss.png", "samples.txt", "checkpoints")
+    }
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [r for r in records if "val/loss" in r]
+    assert [r["step"] for r in evaluations] == [0, 5, 10, 11]
+    assert [r["step"] for r in records if "train/batch_loss" in r] == [0, 3, 6, 9, 11]
+    for record in records:
+        assert set(record) <= set(COLUMNS)
+        assert record["tokens"] == (record["step"] + 1) * 4 * 16
+    for r in evaluations:
+        assert r["val/perplexity"] == pytest.approx(np.exp(r["val/loss"]))
+    header, *rows = (folder / "metrics.csv").read_text().splitlines()
+    assert header.split(",") == list(COLUMNS)
+    assert [int(row.split(",")[0]) for row in rows] == [0, 3, 5, 6, 9, 10, 11]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "samples.txt").read_text().count("--- step") == 4
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"10", "12"}, "the newest two are kept"
+    assert "perplexity" in capsys.readouterr().out
+
+    params, cfg, tokenizer = load_run(folder)
+    assert TrainConfig.from_dict(json.loads((folder / "config.json").read_text())) == cfg
+    assert cfg.model.vocab_size == tokenizer.vocab_size == len(set(TEXT))
+    assert params["tok_emb"]["embedding"].shape == (cfg.model.vocab_size, 32)
+
+
+def test_learning_happens_and_is_reproducible(config, tmp_path):
+    cfg = config.replace(max_steps=60, eval_every=100, learning_rate=1e-2, min_learning_rate=1e-3)
+    first = run_to_the_end(cfg, tmp_path / "one")
+    second = run_to_the_end(cfg, tmp_path / "two")
+    assert_equal_bits(first, second)
+    start, *_, end = [r["val/loss"] for r in read_metrics(tmp_path / "one") if "val/loss" in r]
+    assert start > 2.4
+    assert end < 1.5, "a text of one repeated sentence should be learnt"
+
+
+def test_ctrl_c_finishes_the_update_saves_and_can_be_resumed(config, tmp_path, monkeypatch):
+    whole = run_to_the_end(config, tmp_path / "whole")
+    run, corpus = prepare(config, tmp_path / "run")
+    told = run.step
+
+    def interrupt_at_7(step, *values):
+        told(step, *values)
+        if step == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(run, "step", interrupt_at_7)
+    with run:
+        state = train(run, corpus)
+        run.summary()
+    assert 8 <= int(state.step) <= 10, "it stops soon after"
+    assert_equal_bits(run_to_the_end(config, tmp_path / "run", resume=True), whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_remedy(config, tmp_path):
+    with pytest.raises(ValueError, match=r"loss at step .* is nan: lower learning_rate"):
+        run_to_the_end(config.replace(learning_rate=1e30, min_learning_rate=None, clip_norm=None), tmp_path / "run")
+
+
+def test_accumulated_microbatches_give_the_whole_batch_s_update():
+    cfg = CONFIG.replace(model=SMALL)
+    tx = make_optimizer(cfg)
+    state = init_state(cfg, tx)
+    batch = (random_ids(SMALL, (8, 16)), random_ids(SMALL, (8, 16), seed=1))
+    whole, metrics = jax.jit(make_train_step(GPT(SMALL), tx))(state, batch)
+    for parts in (2, 8):
+        state_parts, metrics_parts = jax.jit(make_train_step(GPT(SMALL), tx, parts))(state, batch)
+        assert float(metrics_parts["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
+        assert float(metrics_parts["grad_norm"]) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
+        moments, moments_parts = (jax.tree.leaves(s.opt_state) for s in (whole, state_parts))
+        for a, b in zip(moments, moments_parts, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-9)
+
+
+def test_a_step_is_pure_and_its_randomness_is_that_of_the_step():
+    model = SMALL.replace(drop_rate=0.5)
+    cfg = CONFIG.replace(model=model)
+    tx = make_optimizer(cfg)
+    state = init_state(cfg, tx)
+    batch = (random_ids(SMALL, (4, 16)), random_ids(SMALL, (4, 16), seed=1))
+    step = jax.jit(make_train_step(GPT(model), tx))
+    (one, metrics), (two, _) = step(state, batch), step(state, batch)
+    assert_equal_bits(one, two)
+    assert int(state.step) == 0
+    assert int(one.step) == 1
+    _, later = step(jax.tree.map(lambda x: x, state.__class__(one.step, state.params, state.opt_state, state.key)), batch)
+    assert float(later["loss"]) != float(metrics["loss"]), "step 1 has the dropout of step 0"
+
+
+def test_a_train_step_compiles_once(config):
+    cfg = config.replace(model=SMALL)
+    tx = make_optimizer(cfg)
+    step = jax.jit(make_train_step(GPT(SMALL), tx), donate_argnums=0)
+    state = init_state(cfg, tx)
+    batches = train_batches(np.arange(1000, dtype=np.uint16) % 97, cfg)
+    for i in range(4):
+        state, _ = step(state, batches[i])
+    assert step._cache_size() == 1
+
+
+def test_parameters_alone_are_restored_for_sampling(config, tmp_path):
+    state = run_to_the_end(config, tmp_path / "run")
+    assert_equal_bits(load_run(tmp_path / "run")[0], state.params)
+
+
+def test_the_reference_trains_the_same_run_and_its_weights_load_here(config, tmp_path):
+    from conftest import relative
+
+    import torch_ref.train
+
+    run, corpus = prepare(config.replace(model=SMALL), tmp_path / "torch")
+    with run:
+        model = torch_ref.train.train(run, corpus)
+        run.summary()
+    assert [r["step"] for r in read_metrics(run.folder) if "val/loss" in r] == [0, 5, 10, 11]
+    params, cfg, _ = load_run(run.folder)
+    tokens = random_ids(cfg.model, (2, 16))
+    import torch
+
+    with torch.no_grad():
+        assert relative(GPT(cfg.model).apply({"params": params}, tokens), model.eval()(torch.from_numpy(tokens))) < 4e-6
+
+
+def test_random_weights_of_a_run_depend_on_its_seed():
+    tx = make_optimizer(CONFIG)
+    a, b = (init_state(CONFIG.replace(seed=s), tx).params["tok_emb"]["embedding"] for s in (1, 2))
+    assert not np.array_equal(a, b)
+    assert random_pair(SMALL)[1].keys() == init_state(CONFIG, tx).params.keys()
