@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -36,6 +36,13 @@ class _Config:
         """A copy with these fields changed, validated again."""
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
+    def _require(self, names: str, holds: Callable[[Any], bool], expected: str) -> None:
+        """InputError for the first of these fields that is set and does not hold (nan holds nowhere)."""
+        for name in names.split():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise InputError(f"{name}={value!r}: expected {expected}")
+
     def _check_types(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             if not _is_a(value := getattr(self, name), kind):
@@ -47,7 +54,7 @@ class GPTConfig(_Config):
     """The model: GPT-2's architecture, its size, and how it is initialised and computed."""
 
     vocab_size: int = 50257
-    """Rows of the token embedding. A character tokenizer sets it to the size of its alphabet."""
+    """Rows of the token embedding. Training fits it to the tokenizer: the alphabet's size, or at least 50257."""
     context_length: int = 1024
     """Longest sequence the model sees, in tokens."""
     emb_dim: int = 768
@@ -71,13 +78,10 @@ class GPTConfig(_Config):
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: expected at least 1")
+        self._require("vocab_size context_length emb_dim n_heads n_layers", lambda v: v >= 1, "at least 1")
+        self._require("drop_rate", lambda v: 0 <= v < 1, "a value in [0, 1)")
         if self.emb_dim % self.n_heads:
-            raise InputError(f"{self.emb_dim=} is not divisible by {self.n_heads=}".replace("self.", ""))
-        if not 0 <= self.drop_rate < 1:
-            raise InputError(f"drop_rate={self.drop_rate}: expected a value in [0, 1)")
+            raise InputError(f"emb_dim={self.emb_dim} is not divisible by n_heads={self.n_heads}")
 
     @classmethod
     def preset(cls, name: str) -> GPTConfig:
@@ -156,40 +160,26 @@ class TrainConfig(_Config):
         if isinstance(self.model, Mapping):
             object.__setattr__(self, "model", GPTConfig.from_dict(self.model))
         self._check_types()
-        at_least = {
-            1: "stride batch_size grad_accum_steps max_steps decay_steps log_every eval_every eval_batches"
-            " checkpoint_every keep_checkpoints fsdp",
-            0: "learning_rate min_learning_rate warmup_steps weight_decay sample_tokens seed",
-        }
-        for bound, names in at_least.items():
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not (value >= bound and math.isfinite(value)):
-                    raise InputError(f"{name}={value}: expected at least {bound}")
-        for name in ("train_ratio", "eps", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise InputError(f"{name}={value}: expected a positive number")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: expected a value in [0, 1)")
-        if self.train_ratio >= 1:
-            raise InputError(f"train_ratio={self.train_ratio}: expected less than 1, so that some text validates")
-        if self.seed >= 2**32:
-            raise InputError(f"seed={self.seed}: expected less than 2**32")
+        counts = "stride batch_size grad_accum_steps max_steps decay_steps log_every eval_every eval_batches checkpoint_every"
+        self._require(f"{counts} keep_checkpoints fsdp", lambda v: v >= 1, "at least 1")
+        self._require("warmup_steps sample_tokens", lambda v: v >= 0, "at least 0")
+        self._require("learning_rate min_learning_rate weight_decay", lambda v: 0 <= v < math.inf, "a number of at least 0")
+        self._require("eps clip_norm", lambda v: 0 < v < math.inf, "a positive number")
+        self._require("beta1 beta2", lambda v: 0 <= v < 1, "a value in [0, 1)")
+        self._require("train_ratio", lambda v: 0 < v < 1, "a value between 0 and 1, so that some text trains and some validates")
+        self._require("seed", lambda v: 0 <= v < 2**32, "a value in [0, 2**32)")
+        self._require("prompt", lambda v: v != "", "some text, or none given")
         if self.batch_size % self.grad_accum_steps:
-            raise InputError(f"batch_size={self.batch_size} is not divisible by {self.grad_accum_steps=}".replace("self.", ""))
-        if self.prompt == "":
-            raise InputError("prompt is empty: give some text, or leave it out")
+            raise InputError(f"batch_size={self.batch_size} is not divisible by grad_accum_steps={self.grad_accum_steps}")
         if self.total_decay_steps <= self.warmup_steps:
-            raise InputError(f"decay_steps={self.decay_steps}: expected more than {self.warmup_steps=}".replace("self.", ""))
+            raise InputError(f"decay_steps={self.decay_steps}: expected more than warmup_steps={self.warmup_steps}")
         if self.final_learning_rate > self.learning_rate:
             raise InputError(
                 f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}: "
                 "lower it, or pass --min-learning-rate None for a constant rate"
             )
         if self.model.emb_dim % self.fsdp:
-            raise InputError(f"emb_dim={self.model.emb_dim} is not divisible by {self.fsdp=}".replace("self.", ""))
+            raise InputError(f"emb_dim={self.model.emb_dim} is not divisible by fsdp={self.fsdp}")
 
     @property
     def window_stride(self) -> int:
@@ -251,11 +241,11 @@ def _gpt2(n_layers: int, n_heads: int, emb_dim: int, learning_rate: float) -> tu
 
 PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tiny": (
-        {"context_length": 64, "emb_dim": 192, "n_heads": 3, "n_layers": 2, "drop_rate": 0.0, "tie_embeddings": True, "vocab_size": 95},
+        {"context_length": 64, "emb_dim": 192, "n_heads": 4, "n_layers": 2, "drop_rate": 0.0, "tie_embeddings": True, "vocab_size": 95},
         {
             "tokenizer": "char",
-            "batch_size": 12,
-            "max_steps": 1200,
+            "batch_size": 16,
+            "max_steps": 1000,
             "stride": 1,
             "learning_rate": 4e-3,
             "min_learning_rate": 4e-4,

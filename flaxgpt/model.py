@@ -61,7 +61,7 @@ class GPT(nn.Module):
         # One compiled block, run L times: parameters, dropout keys and dropout masks are split along the L axis.
         x_BTD, _ = nn.scan(
             nn.remat(block, prevent_cse=False) if cfg.remat else block,
-            variable_axes={"params": 0, "dropout_masks": 0},
+            variable_axes={"params": 0, "dropout_masks": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             length=cfg.n_layers,
         )(self.trf_blocks, x_BTD, None)

@@ -94,7 +94,7 @@ def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite:
     """Load the data, fit the vocabulary to it, and check all that can be checked before anything is written.
 
     Args:
-        cfg: the run; the vocabulary size of a character model becomes that of the text.
+        cfg: the run; its vocabulary size is made to fit the tokenizer.
         out_dir: the run folder.
         resume: go on with the run in it.
         overwrite: delete the run in it, once this one begins.
@@ -105,10 +105,9 @@ def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite:
     """
     corpus = load_corpus(cfg.data, cfg.tokenizer, cfg.train_ratio)
     tokenizer = corpus.tokenizer
-    if cfg.tokenizer == "char":
-        cfg = cfg.replace(model=cfg.model.replace(vocab_size=tokenizer.vocab_size))
-    if cfg.model.vocab_size < tokenizer.vocab_size:
-        raise InputError(f"vocab_size={cfg.model.vocab_size}: the tokenizer {cfg.tokenizer} needs at least {tokenizer.vocab_size}")
+    # A character model has the text's alphabet; a larger vocabulary than GPT-2's is padding, which some accelerators like.
+    vocab_size = tokenizer.vocab_size if cfg.tokenizer == "char" else max(tokenizer.vocab_size, cfg.model.vocab_size)
+    cfg = cfg.replace(model=cfg.model.replace(vocab_size=vocab_size))
     prompt_ids(cfg, corpus)
     count_windows(len(corpus.train), cfg, "training")
     count_windows(len(corpus.val), cfg, "validation")

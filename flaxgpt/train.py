@@ -116,7 +116,8 @@ def train(run: Run, corpus: Corpus, *, resume: bool = False) -> TrainState:
             text = corpus.tokenizer.decode(np.asarray(ids[0]).tolist())
         run.evaluation(step, losses["train"], losses["val"], text)
 
-    run.begin(start, n_params=count_params(state.params), devices=f"{mesh.size} x {jax.devices()[0].device_kind}")
+    split = "" if cfg.batch_size % mesh.size == 0 else f" (each with the whole batch: {cfg.batch_size} rows can't be split)"
+    run.begin(start, n_params=count_params(state.params), devices=f"{mesh.size} x {jax.devices()[0].device_kind}{split}")
     pending: tuple[int, Metrics] | None = None
     for step, batch in enumerate(batches(), start):
         state, metrics = train_step(state, batch)

@@ -61,6 +61,30 @@ def random_ids(cfg: GPTConfig, shape: tuple[int, ...], seed: int = 0) -> np.ndar
     return np.random.default_rng(seed).integers(0, cfg.vocab_size, shape)
 
 
+MEASURED: dict[str, tuple[int, float, str, float]] = {}
+"""What is compared -> tensors compared, worst difference, where, bound: printed at the end of a test run."""
+
+
+def assert_close(what: str, a, b, bound: float, *, scale: float | None = None, where: str = "") -> None:
+    """Assert ||a - b|| / ||b|| < bound (or / scale), and remember the worst for the table.
+
+    Bounds are within ten times of what was measured on an x86-64 CPU, so that a real fault has no room in them.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    error = float(np.linalg.norm(a - b) / (np.linalg.norm(b) if scale is None else scale))
+    count, worst, place, _ = MEASURED.get(what, (0, -1.0, "", bound))
+    MEASURED[what] = (count + 1, max(worst, error), where if error > worst else place, bound)
+    assert error < bound, f"{what}: {where or 'the two sides'} differ by {error:.1e}, more than {bound:.0e}"
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if MEASURED:
+        terminalreporter.section("parity: flaxgpt against torch_ref")
+        terminalreporter.line(f"{'compared':<48}{'tensors':>8}{'worst':>10}{'bound':>10}  where")
+        for what, (count, worst, place, bound) in MEASURED.items():
+            terminalreporter.line(f"{what:<48}{count:>8}{worst:>10.1e}{bound:>10.0e}  {place}")
+
+
 def relative(a, b) -> float:
     """||a - b|| / ||b||, in float64."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)

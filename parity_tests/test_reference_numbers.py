@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import relative
+from conftest import assert_close
 
 from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.convert import from_torch
@@ -17,6 +17,7 @@ from flaxgpt.loss import next_token_loss, perplexity
 from flaxgpt.model import GPT
 from flaxgpt.run import prepare, read_metrics
 from flaxgpt.tokenizer import get_tokenizer
+from flaxgpt.train import make_eval_step
 from torch_ref.data import create_dataloaders
 from torch_ref.generate import generate_text_simple
 from torch_ref.model import GPTModel
@@ -28,8 +29,6 @@ SEVEN = SHAPE | {"drop_rate": 0.1, "qkv_bias": False}
 INPUTS = np.array([[16833, 3626, 6100], [40, 1107, 588]])
 TARGETS = np.array([[3626, 6100, 345], [1107, 588, 11311]])
 EFFORT = " rentingetic wasnم refres RexMeCHicular stren"
-# Measured on a CPU: 9.2e-07.
-LOGITS_BOUND_124M = 9e-6
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def test_softmax_argmax_loss_and_perplexity_of_the_untrained_model(reference, pa
     with torch.no_grad():
         theirs = reference(torch.from_numpy(INPUTS))
     ours = GPT(VERDICT.model).apply({"params": params}, INPUTS)
-    assert relative(ours, theirs) < LOGITS_BOUND_124M
+    assert_close("logits, 124M", ours, theirs, 9e-6)
     for logits in (ours, theirs.numpy()):
         probabilities = np.asarray(jax.nn.softmax(logits))
         assert probabilities.shape == (2, 3, 50257)
@@ -69,7 +68,7 @@ def test_softmax_argmax_loss_and_perplexity_of_the_untrained_model(reference, pa
         assert tokenizer.decode([16657, 339, 42826]) == " Armed heNetflix"
         chosen = np.take_along_axis(probabilities, TARGETS[..., None], axis=-1)[..., 0]
         published = [[7.4541e-05, 3.1061e-05, 1.1563e-05], [1.0337e-05, 5.6776e-05, 4.7559e-06]]
-        np.testing.assert_allclose(chosen, published, rtol=1e-5)
+        np.testing.assert_allclose(chosen, published, rtol=5e-5)  # five digits are published
         loss = next_token_loss(logits, TARGETS)
         assert float(loss) == pytest.approx(10.7940, abs=5e-5)
         # The published perplexity is exp of the float32 loss, which is good to about 1e-6: 0.05 here.
@@ -113,9 +112,9 @@ def test_losses_before_training_on_both_sides(verdict, reference, params):
     train_loss, val_loss = evaluate_model(reference, train_loader, val_loader, 99)  # more batches than there are
     assert train_loss == pytest.approx(10.98758, abs=1e-5)
     assert val_loss == pytest.approx(10.98110, abs=1e-5)
-    step = jax.jit(lambda inputs, targets: next_token_loss(GPT(VERDICT.model).apply({"params": params}, inputs), targets))
+    eval_step = jax.jit(make_eval_step(GPT(VERDICT.model)))
     for loader, published in ((train_loader, 10.98758), (val_loader, 10.98110)):
-        losses = [float(step(inputs.numpy(), targets.numpy())) for inputs, targets in loader]
+        losses = [float(eval_step(params, (inputs.numpy(), targets.numpy()))) for inputs, targets in loader]
         assert np.mean(losses) == pytest.approx(published, abs=1e-5)
 
 

@@ -4,7 +4,8 @@ import signal
 import jax
 import numpy as np
 import pytest
-from conftest import SMALL, random_ids, random_pair
+import torch
+from conftest import SMALL, assert_close, random_ids, random_pair
 
 from flaxgpt.checkpoint import load_run
 from flaxgpt.config import TrainConfig
@@ -14,6 +15,7 @@ from flaxgpt.optim import make_optimizer
 from flaxgpt.run import COLUMNS, prepare, read_metrics
 from flaxgpt.state import init_state
 from flaxgpt.train import make_train_step, train
+from torch_ref.train import train as train_torch
 
 TEXT = "the cat sat on the mat and the dog sat on the log; " * 40
 CONFIG = TrainConfig(
@@ -184,21 +186,20 @@ def test_parameters_alone_are_restored_for_sampling(config, tmp_path):
 
 
 def test_the_reference_trains_the_same_run_and_its_weights_load_here(config, tmp_path):
-    from conftest import relative
-
-    import torch_ref.train
-
     run, corpus = prepare(config.replace(model=SMALL), tmp_path / "torch")
     with run:
-        model = torch_ref.train.train(run, corpus)
+        model = train_torch(run, corpus)
         run.summary()
     assert [r["step"] for r in read_metrics(run.folder) if "val/loss" in r] == [0, 5, 10, 11]
     params, cfg, _ = load_run(run.folder)
     tokens = random_ids(cfg.model, (2, 16))
-    import torch
-
     with torch.no_grad():
-        assert relative(GPT(cfg.model).apply({"params": params}, tokens), model.eval()(torch.from_numpy(tokens))) < 4e-6
+        assert_close(
+            "logits, weights saved by torch_ref",
+            GPT(cfg.model).apply({"params": params}, tokens),
+            model.eval()(torch.from_numpy(tokens)),
+            4e-6,
+        )
 
 
 def test_random_weights_of_a_run_depend_on_its_seed():
