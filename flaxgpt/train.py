@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import optax
 from flaxgpt import data, sharding
 from flaxgpt.checkpoint import Checkpoints
 from flaxgpt.corpus import Corpus
+from flaxgpt.errors import InputError
 from flaxgpt.generate import generate
 from flaxgpt.loss import next_token_loss
 from flaxgpt.model import GPT
@@ -79,14 +79,11 @@ def train(run: Run, corpus: Corpus, *, resume: bool = False) -> TrainState:
     before are fetched and the next batch is made.
 
     Raises:
-        InputError: the splits are too short for the config, or there is nothing to resume from.
+        InputError: the splits are too short for the config, there is nothing to resume from, or the loss is not finite.
     """
     cfg = run.cfg
     train_batches = data.train_batches(corpus.train, cfg)
-    splits = {
-        "train": data.eval_batches(corpus.train, cfg, "training"),
-        "val": data.eval_batches(corpus.val, cfg, "validation"),
-    }
+    splits = data.eval_batches(corpus.train, cfg, "training"), data.eval_batches(corpus.val, cfg, "validation")
     prompt_BT = np.asarray([prompt_ids(cfg, corpus)], np.int32)
 
     mesh, tx, model = sharding.make_mesh(cfg.fsdp), make_optimizer(cfg), GPT(cfg.model)
@@ -97,45 +94,42 @@ def train(run: Run, corpus: Corpus, *, resume: bool = False) -> TrainState:
     else:
         state = create_state(cfg, tx, mesh)
     start = int(state.step)
+    if start >= cfg.max_steps:
+        raise InputError(f"{run.folder} has made its {start} updates: pass a larger --max-steps to go on")
     train_step = jax.jit(make_train_step(model, tx, cfg.grad_accum_steps), donate_argnums=0)
     eval_step = jax.jit(make_eval_step(model))
-    schedule = make_schedule(cfg)
-
-    def batches() -> Iterator[data.Batch]:
-        for step in range(start, cfg.max_steps):
-            yield sharding.shard_batch(train_batches[step], mesh)
+    learning_rates = np.asarray(make_schedule(cfg)(np.arange(cfg.max_steps)))
 
     def report(step: int, metrics: Metrics) -> None:
-        run.step(step, float(metrics["loss"]), float(metrics["grad_norm"]), float(schedule(step)))
+        run.step(step, float(metrics["loss"]), float(metrics["grad_norm"]), float(learning_rates[step]))
 
     def evaluate(step: int) -> None:
-        losses = {name: _mean([eval_step(state.params, sharding.shard_batch(b, mesh)) for b in split]) for name, split in splits.items()}
+        losses = [jnp.stack([eval_step(state.params, sharding.shard_batch(batch, mesh)) for batch in split]).mean() for split in splits]
         text = ""
         if cfg.sample_tokens:
             ids = generate(state.params, cfg.model, prompt_BT, max_new_tokens=cfg.sample_tokens)
             text = corpus.tokenizer.decode(np.asarray(ids[0]).tolist())
-        run.evaluation(step, losses["train"], losses["val"], text)
+        run.evaluation(step, *map(float, losses), text)
 
     split = "" if cfg.batch_size % mesh.size == 0 else f" (each with the whole batch: {cfg.batch_size} rows can't be split)"
     run.begin(start, n_params=count_params(state.params), devices=f"{mesh.size} x {jax.devices()[0].device_kind}{split}")
     pending: tuple[int, Metrics] | None = None
-    for step, batch in enumerate(batches(), start):
-        state, metrics = train_step(state, batch)
+    for step in range(start, cfg.max_steps):
+        state, metrics = train_step(state, sharding.shard_batch(train_batches[step], mesh))
         if pending:
             report(*pending)
         pending = step, metrics
         last = step == cfg.max_steps - 1 or run.interrupted
-        if last or step % cfg.eval_every == 0:
-            report(*pending)
+        evaluates = last or step % cfg.eval_every == 0
+        saves = last or (step + 1) % cfg.checkpoint_every == 0
+        if evaluates or saves:
+            report(*pending)  # which refuses a loss that is not finite: such a state is not worth saving
             pending = None
-            evaluate(step)
-        if last or (step + 1) % cfg.checkpoint_every == 0:
+        if saves:
             checkpoints.save(state)
+        if evaluates:
+            evaluate(step)
         if last:
             break
     checkpoints.close()
     return state
-
-
-def _mean(losses: list[jax.Array]) -> float:
-    return float(np.mean([float(loss) for loss in losses])) if losses else math.nan
