@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from flaxgpt.run import CHECKPOINTS, TOKENIZER, TORCH_WEIGHTS, load_config
 from flaxgpt.state import Params, TrainState
 from flaxgpt.tokenizer import Tokenizer, load_tokenizer
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every step through absl
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every step through absl,
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and a read that fails both raises and logs a traceback here
 
 
 def load_run(folder: Path) -> tuple[Params, TrainConfig, Tokenizer]:
@@ -37,11 +38,12 @@ def load_run(folder: Path) -> tuple[Params, TrainConfig, Tokenizer]:
             return jax.device_put(from_torch(load_file(weights), cfg.model)), cfg, tokenizer
         except SafetensorError as error:
             raise InputError(f"{weights} is damaged ({error})") from None
-    return Checkpoints(folder / CHECKPOINTS).restore_params(cfg.model), cfg, tokenizer
+    with Checkpoints(folder / CHECKPOINTS) as checkpoints:
+        return checkpoints.restore_params(cfg.model), cfg, tokenizer
 
 
 class Checkpoints:
-    """The `checkpoints` folder of a run: a numbered folder for each saved count of updates."""
+    """The `checkpoints` folder of a run: a numbered folder for each saved count of updates. A context manager."""
 
     def __init__(self, folder: Path, keep: int | None = None) -> None:
         """All but the newest `keep` checkpoints are deleted as new ones are completed."""
@@ -81,15 +83,27 @@ class Checkpoints:
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return self._restore(params=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes))["params"]
 
-    def close(self) -> None:
-        """Wait until what was saved is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait until what was saved is on disk, whatever ended the run."""
+        if "_manager" in self.__dict__:
+            self._manager.close()
 
     def _restore(self, **wanted: Any) -> Any:
         step = self._manager.latest_step() if self._folder.is_dir() else None
         if step is None:
             raise InputError(f"no checkpoint in {self._folder}")
+        try:
+            return self._restore_from(step, wanted)
+        except InputError:
+            raise
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(f"the checkpoint {self._folder / str(step)} is damaged ({reason})") from None
+
+    def _restore_from(self, step: int, wanted: dict[str, Any]) -> Any:
         # Compared before anything is read: the moments have the shapes of the parameters, so these decide.
         saved = self._manager.item_metadata(step)["params"]
         if saved is None:

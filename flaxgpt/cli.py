@@ -56,7 +56,8 @@ def parse(kind: type[T], args: list[str] | None = None, **options: Any) -> T:
         parts = [
             list(part) for rule, part in itertools.groupby(lines, lambda line: bool(re.fullmatch(r"[╭─╰-].*[╮─╯-]", line))) if not rule
         ]
-        message = " ".join(parts[0 if frame.getvalue().startswith("╭") else 1])
+        framed = frame.getvalue().startswith("╭") or len(parts) < 2
+        message = re.sub(r"^Error parsing config(\.\w+)?: ", "", " ".join(parts[0 if framed else 1]))
         raise InputError(f"{message}; --help lists the options") from None
 
 

@@ -54,7 +54,7 @@ class GPTConfig(_Config):
     """The model: GPT-2's architecture, its size, and how it is initialised and computed."""
 
     vocab_size: int = 50257
-    """Rows of the token embedding. Training fits it to the tokenizer: the alphabet's size, or at least 50257."""
+    """Rows of the token embedding. Training sets it to the tokenizer's size."""
     context_length: int = 1024
     """Longest sequence the model sees, in tokens."""
     emb_dim: int = 768
@@ -113,7 +113,7 @@ class TrainConfig(_Config):
     batch_size: int = 8
     """Windows in one update, over all devices and microbatches (the global batch)."""
     grad_accum_steps: int = 1
-    """Microbatches that one update is computed in, with the exact mean gradient; divides batch_size."""
+    """Microbatches that one update (and evaluation batch) is computed in, with the exact mean gradient; divides batch_size."""
     max_steps: int = 1000
     """Updates in the whole run."""
     learning_rate: float = 1e-3
@@ -123,7 +123,7 @@ class TrainConfig(_Config):
     warmup_steps: int = 100
     """Updates of linear warm-up: update s (from 0) uses learning_rate * (s + 1) / (warmup_steps + 1)."""
     decay_steps: int | None = None
-    """Update at which the cosine ends; None: max_steps, or just after the warm-up in a run too short for it."""
+    """Update at which the cosine ends (resuming does not move it); None: max_steps, or just after a longer warm-up."""
     beta1: float = 0.9
     """AdamW: decay of the first moment."""
     beta2: float = 0.95
@@ -168,7 +168,7 @@ class TrainConfig(_Config):
         self._require("beta1 beta2", lambda v: 0 <= v < 1, "a value in [0, 1)")
         self._require("train_ratio", lambda v: 0 < v < 1, "a value between 0 and 1, so that some text trains and some validates")
         self._require("seed", lambda v: 0 <= v < 2**32, "a value in [0, 2**32)")
-        self._require("prompt", lambda v: v != "", "some text, or none given")
+        self._require("prompt", bool, "some text (the prompt is empty), or none given")
         if self.batch_size % self.grad_accum_steps:
             raise InputError(f"batch_size={self.batch_size} is not divisible by grad_accum_steps={self.grad_accum_steps}")
         if self.total_decay_steps <= self.warmup_steps:
@@ -197,6 +197,11 @@ class TrainConfig(_Config):
         return self.learning_rate if self.min_learning_rate is None else self.min_learning_rate
 
     @property
+    def microbatch_size(self) -> int:
+        """Windows that are computed at once."""
+        return self.batch_size // self.grad_accum_steps
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens that one update learns from."""
         return self.batch_size * self.model.context_length
@@ -215,7 +220,7 @@ class TrainConfig(_Config):
 
 
 def _gpt2(n_layers: int, n_heads: int, emb_dim: int, learning_rate: float) -> tuple[dict, dict]:
-    """A released GPT-2 size (Radford et al. 2019), trained by nanoGPT's recipe (half a million tokens an update)."""
+    """A released GPT-2 size (Radford et al. 2019), trained much as nanoGPT does (half a million tokens an update)."""
     model = {
         "n_layers": n_layers,
         "n_heads": n_heads,
@@ -227,8 +232,8 @@ def _gpt2(n_layers: int, n_heads: int, emb_dim: int, learning_rate: float) -> tu
         "remat": True,
     }
     run = {
-        "batch_size": 480,
-        "grad_accum_steps": 40,
+        "batch_size": 512,
+        "grad_accum_steps": 32,
         "max_steps": 600_000,
         "learning_rate": learning_rate,
         "min_learning_rate": learning_rate / 10,

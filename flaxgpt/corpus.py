@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import re
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +32,14 @@ class Corpus:
     val: np.ndarray
     tokenizer: Tokenizer
 
+    def fingerprint(self) -> str:
+        """Lengths, and hashes of up to a million tokens spread over each split, as JSON: enough to notice another text."""
+        told = {}
+        for name, tokens in (("train", self.train), ("val", self.val)):
+            spread = np.ascontiguousarray(tokens[:: len(tokens) // 2**20 + 1])
+            told[name] = {"tokens": len(tokens), "sha256": hashlib.sha256(spread).hexdigest()}
+        return json.dumps(told, indent=2) + "\n"
+
 
 def load_corpus(data: str, tokenizer: str, train_ratio: float) -> Corpus:
     """The tokens of a corpus, from the cache if this text was tokenized before.
@@ -45,10 +53,12 @@ def load_corpus(data: str, tokenizer: str, train_ratio: float) -> Corpus:
     Raises:
         InputError: no such corpus, no network to fetch it, or a text that is empty or not UTF-8.
     """
-    path = Path(data).expanduser()
-    if data not in NAMES and (path / "train.bin").is_file():
-        return _open_tokens(path, tokenizer)
-    documents = _documents(data)
+    try:
+        if data not in NAMES and (Path(data).expanduser() / "train.bin").is_file():
+            return _open_tokens(Path(data).expanduser(), tokenizer)
+        documents = _documents(data)
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, or no such user's home
+        raise InputError(f"can't read {data} ({getattr(error, 'strerror', None) or error})") from None
     text = (CharTokenizer if tokenizer == "char" else get_tokenizer(tokenizer)).separator.join(documents)
     if not text.strip():
         raise InputError(f"{data} holds no text")
@@ -113,7 +123,7 @@ def download(name: str) -> Path:
         try:
             with urllib.request.urlopen(url, timeout=30) as reply:
                 body = reply.read()
-        except (urllib.error.URLError, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             reason = getattr(error, "reason", error)
             raise InputError(f"could not fetch {name} from {url} ({reason}); put the file at {target}, or use --data pydoc") from None
         if hashlib.sha256(body).hexdigest() != expected:
@@ -144,8 +154,6 @@ def _read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); convert it first") from None
-    except OSError as error:
-        raise InputError(f"can't read {path} ({error.strerror})") from None
 
 
 def _pydoc() -> list[str]:

@@ -50,17 +50,17 @@ def train_batches(tokens: np.ndarray, cfg: TrainConfig, seed: int | None = None)
 
 
 def eval_batches(tokens: np.ndarray, cfg: TrainConfig, split: Literal["training", "validation"]) -> list[Batch]:
-    """The batches that every evaluation of a split uses: `eval_batches` of them, or all there are.
+    """The microbatches that every evaluation of a split uses: those of `eval_batches` batches, or all there are.
 
     Training windows are drawn by the seed; validation windows do not overlap and are spread evenly over the text.
-    A split with less than one batch gives one smaller batch. (A list of a few hundred kilobytes.)
+    A split with less than one microbatch gives one smaller one.
 
     Raises:
         InputError: the split has fewer tokens than one window.
     """
     available = count_windows(len(tokens), cfg, split)
-    size = min(cfg.batch_size, available)
-    count = min(cfg.eval_batches, available // size)
+    size = min(cfg.microbatch_size, available)
+    count = min(cfg.eval_batches * cfg.grad_accum_steps, available // size)
     T = cfg.model.context_length
     if split == "training":
         windows = Windows(tokens, T, cfg.window_stride)

@@ -1,8 +1,7 @@
-"""The run folder, and what the person at the terminal sees. Shared by both trainers; knows no framework."""
+"""A run in progress: its folder, and what the person at the terminal sees. Shared by both trainers; knows no framework."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
@@ -19,12 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.corpus import Corpus, count_windows, load_corpus
+from flaxgpt.corpus import Corpus
 from flaxgpt.errors import InputError
 from flaxgpt.plots import save_loss_plot
-from flaxgpt.tokenizer import Tokenizer, load_tokenizer
 
-CONFIG, METRICS, SAMPLES, TOKENIZER = "config.json", "metrics.jsonl", "samples.txt", "tokenizer.json"
+CONFIG, TOKENIZER, DATA, SAMPLES = "config.json", "tokenizer.json", "data.json", "samples.txt"
+METRICS, METRICS_CSV, LOSS_PLOT = "metrics.jsonl", "metrics.csv", "loss.png"
+FILES = (CONFIG, TOKENIZER, DATA, SAMPLES, METRICS, METRICS_CSV, LOSS_PLOT)
 CHECKPOINTS = "checkpoints"
 TORCH_WEIGHTS = "model.safetensors"
 """Name, within the checkpoints folder, of the weights that the reference saves."""
@@ -41,19 +41,6 @@ tokens_per_second (since the last log line) and seconds (since the start of this
 the losses, in nats per token, and perplexities of both splits.
 """
 
-CHANGEABLE = (
-    "max_steps",
-    "log_every",
-    "eval_every",
-    "eval_batches",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "prompt",
-    "sample_tokens",
-    "fsdp",
-)
-"""What `--resume` may change: how long to train and how to look, not what is trained on what."""
-
 
 def load_config(folder: Path) -> TrainConfig:
     """The config that a run folder was made with.
@@ -64,78 +51,28 @@ def load_config(folder: Path) -> TrainConfig:
     path = folder / CONFIG
     try:
         return TrainConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, TypeError, ValueError) as error:  # ValueError: not UTF-8, not JSON, or not such a config
         raise InputError(f"{folder} is not a run folder: can't read {path} ({getattr(error, 'strerror', None) or error})") from None
 
 
-def check_out_dir(out_dir: Path, cfg: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Refuse an output folder that this run must not touch; changes nothing.
-
-    Raises:
-        InputError: the folder has contents and neither flag is given, `--resume` finds no run or one of another
-            config, or `--overwrite` would delete something that is not a run folder.
-    """
-    if resume and overwrite:
-        raise InputError("--resume and --overwrite exclude each other")
-    if resume:
-        saved, new = load_config(out_dir).to_dict(), cfg.to_dict()
-        if changed := [name for name in saved if saved[name] != new[name] and name not in CHANGEABLE]:
-            raise InputError(f"--resume can't change {', '.join(changed)}; start another run with another --out-dir")
-    elif out_dir.exists() and not out_dir.is_dir():
-        raise InputError(f"{out_dir} is a file: choose another --out-dir")
-    elif out_dir.is_dir() and any(out_dir.iterdir()):
-        if not overwrite:
-            raise InputError(f"{out_dir} exists: pass --resume to go on with it, --overwrite to delete it, or another --out-dir")
-        if not (out_dir / CONFIG).is_file():
-            raise InputError(f"{out_dir} is not a run folder (it has no {CONFIG}): --overwrite will not delete it")
-
-
-def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite: bool = False, command: str = "") -> tuple[Run, Corpus]:
-    """Load the data, fit the vocabulary to it, and check all that can be checked before anything is written.
-
-    Args:
-        cfg: the run; its vocabulary size is made to fit the tokenizer.
-        out_dir: the run folder.
-        resume: go on with the run in it.
-        overwrite: delete the run in it, once this one begins.
-        command: what the summary names as the way to sample from the run.
-
-    Raises:
-        InputError: see `load_corpus` and `check_out_dir`; or the data does not fit the model or the resumed run.
-    """
-    corpus = load_corpus(cfg.data, cfg.tokenizer, cfg.train_ratio)
-    tokenizer = corpus.tokenizer
-    # A character model has the text's alphabet; a larger vocabulary than GPT-2's is padding, which some accelerators like.
-    vocab_size = tokenizer.vocab_size if cfg.tokenizer == "char" else max(tokenizer.vocab_size, cfg.model.vocab_size)
-    cfg = cfg.replace(model=cfg.model.replace(vocab_size=vocab_size))
-    prompt_ids(cfg, corpus)
-    count_windows(len(corpus.train), cfg, "training")
-    count_windows(len(corpus.val), cfg, "validation")
-    check_out_dir(out_dir, cfg, resume=resume, overwrite=overwrite)
-    if resume and load_tokenizer(out_dir / TOKENIZER).to_dict() != tokenizer.to_dict():
-        raise InputError(f"--resume: the alphabet of {cfg.data} is not the one that {out_dir} was trained on")
-    return Run(out_dir, cfg, tokenizer, resume=resume, command=command), corpus
-
-
-def prompt_ids(cfg: TrainConfig, corpus: Corpus) -> list[int]:
-    """What the samples of a run start from: its prompt, or two whole words from the start of the validation text."""
-    if cfg.prompt:
-        return corpus.tokenizer.encode(cfg.prompt)
-    text = corpus.tokenizer.decode(corpus.val[:200].tolist())
-    words = re.search(r"\s(\S+\s+\S+)\s", text)
-    return corpus.tokenizer.encode(words[1] if words else text[:8])
+def read_text(path: Path) -> str | None:
+    """The text of a file of a run folder, None if it is not there."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 class Run:
     """A run in progress: a context manager that writes the folder, prints progress and notices Ctrl-C.
 
-    `begin`, then `step` for every update and `evaluation` where there is one. `interrupted` turns true when the
-    process is asked to stop: the loop finishes its update, evaluates, saves and returns; a second Ctrl-C is obeyed at once.
+    `begin`, then `step` for every update and `evaluation` where there is one. `stopped_by` turns from None to a signal's
+    number when the process is asked to stop: the loop finishes its update, saves, evaluates and returns; a second Ctrl-C
+    is obeyed at once.
     """
 
-    def __init__(self, out_dir: Path, cfg: TrainConfig, tokenizer: Tokenizer, *, resume: bool = False, command: str = "") -> None:
-        self.folder, self.cfg, self.interrupted = out_dir, cfg, False
-        self._tokenizer, self._resume, self._command = tokenizer, resume, command
+    def __init__(self, out_dir: Path, cfg: TrainConfig, corpus: Corpus, *, resume: bool = False, command: str = "") -> None:
+        self.folder, self.cfg = out_dir, cfg
+        self.stopped_by: int | None = None
+        self._told_stop = False
+        self._corpus, self._resume, self._command = corpus, resume, command
         self._records: list[dict[str, Any]] = []
         self._console = Console(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
@@ -154,22 +91,28 @@ class Run:
 
     def begin(self, step: int, *, n_params: int, devices: str) -> None:
         """Make the folder. Training starts at this update (0, or where the checkpoint was made): later records are forgotten."""
-        if not self._resume and self.folder.exists():
-            shutil.rmtree(self.folder)  # empty, or --overwrite: check_out_dir has seen to it
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._resume:  # nothing is there, or --overwrite is given: check_out_dir has seen to it
+            shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+            for name in FILES:
+                (self.folder / name).unlink(missing_ok=True)
         self._write(CONFIG, json.dumps(self.cfg.to_dict(), indent=2) + "\n")
-        self._write(TOKENIZER, json.dumps(self._tokenizer.to_dict()) + "\n")
-        self._records = [r for r in read_metrics(self.folder) if r["step"] < step] if step else []
+        self._write(TOKENIZER, json.dumps(self._corpus.tokenizer.to_dict()) + "\n")
+        self._write(DATA, self._corpus.fingerprint())
+        self._records = [r for r in read_metrics(self.folder) if r["step"] < step]
         self._write(METRICS, "".join(json.dumps(r) + "\n" for r in self._records))
-        if not step:
-            self._write(SAMPLES, "")
+        samples = re.split(r"^(?=--- step \d+ ---$)", read_text(self.folder / SAMPLES) or "", flags=re.MULTILINE)
+        self._write(SAMPLES, "".join(text for text in samples if text and int(text.split()[2]) < step))
         self._started = self._logged_at = time.perf_counter()
         self._first, self._logged_step = step, step - 1
         cfg = self.cfg
         self._console.print(
             f"{n_params:,} parameters on {devices}; {cfg.data}, {cfg.tokenizer} tokens, {cfg.tokens_per_step:,} an update; "
-            f"updates {step} to {cfg.max_steps - 1} -> {self.folder}"
+            f"updates {step} to {cfg.max_steps - 1} -> {self.folder}",
+            markup=False,
         )
+        if (length := len(self._corpus.tokenizer.encode(cfg.prompt))) > cfg.model.context_length:
+            self._console.print(f"the prompt of the samples has {length} tokens; the model sees the last {cfg.model.context_length}")
         if self._console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
             self._progress = Progress(*columns, console=self._console)
@@ -180,10 +123,13 @@ class Run:
         """Tell the result of an update; every `log_every`-th is recorded.
 
         Raises:
-            InputError: the loss is not finite, so that going on would be pointless.
+            InputError: the loss or its gradient is not finite, so that going on would be pointless.
         """
-        if not math.isfinite(loss):
-            raise InputError(f"the loss at step {step} is {loss}: lower learning_rate, or set clip_norm")
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise InputError(f"at step {step} the loss is {loss}, the gradient's norm {grad_norm}: lower learning_rate, or set clip_norm")
+        if self.stopped_by is not None and not self._told_stop:
+            self._told_stop = True
+            self._console.print("stopping after this update; press Ctrl-C again to stop at once")
         now = time.perf_counter()
         logs = step % self.cfg.log_every == 0 or step == self.cfg.max_steps - 1
         rate = (step - self._logged_step) * self.cfg.tokens_per_step / (now - self._logged_at)
@@ -206,10 +152,10 @@ class Run:
         perplexities = {"train/perplexity": _exp(train_loss), "val/perplexity": _exp(val_loss)}
         self._record(step, losses | perplexities)
         self._write_csv()
-        save_loss_plot(self._records, self.folder / "loss.png", title=self.folder.name)
+        save_loss_plot(self._records, self.folder / LOSS_PLOT, title=self.folder.name)
         self._console.print(
-            f"[bold]evaluation at step {step}[/]: train loss {train_loss:.3f}, val loss {val_loss:.3f}, "
-            f"val perplexity {_exp(val_loss):,.1f}"
+            f"evaluation at step {step}: train loss {train_loss:.3f}, val loss {val_loss:.3f}, val perplexity {_exp(val_loss):,.1f}",
+            style="bold",
         )
         if sample:
             with (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
@@ -227,8 +173,6 @@ class Run:
             "files": f"{self.folder}/: loss.png, metrics.csv, metrics.jsonl, samples.txt, {CHECKPOINTS}/",
             "sample": self._command,
         }
-        if self.interrupted:
-            table["go on"] = f"the same command with --resume (stopped after {last['step'] + 1} of {self.cfg.max_steps} updates)"
         if self._progress:
             self._progress.stop()
             self._progress = None
@@ -249,7 +193,7 @@ class Run:
         for record in self._records:  # a log line and an evaluation of the same update share a row
             rows[record["step"]] = rows.get(record["step"], {}) | record
         writer.writerows(rows.values())
-        self._write("metrics.csv", text.getvalue())
+        self._write(METRICS_CSV, text.getvalue())
 
     def _write(self, name: str, text: str) -> None:
         scratch = self.folder / f".{name}.writing"
@@ -257,17 +201,24 @@ class Run:
         os.replace(scratch, self.folder / name)
 
     def _interrupt(self, number: int, frame: object) -> None:
-        self.interrupted = True
+        self.stopped_by = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        self._console.print("stopping after this update; press Ctrl-C again to stop at once")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The objects of a run folder's metrics.jsonl, in order; a last line cut off by a crash is left out."""
+    """The objects of a run folder's metrics.jsonl, in order; a last line cut off by a crash is left out.
+
+    Raises:
+        InputError: another line is not JSON.
+    """
+    lines = (read_text(folder / METRICS) or "").splitlines()
     records = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(lines, 1):
+        try:
             records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise InputError(f"line {number} of {folder / METRICS} is damaged: mend or delete it") from None
     return records
 
 

@@ -108,7 +108,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     try:
         return tokenizer_from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:  # ValueError: not UTF-8, not JSON, or no such tokenizer
         raise InputError(f"{path} does not describe a tokenizer ({error})") from None
 
 

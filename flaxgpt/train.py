@@ -18,7 +18,7 @@ from flaxgpt.generate import generate
 from flaxgpt.loss import next_token_loss
 from flaxgpt.model import GPT
 from flaxgpt.optim import make_optimizer, make_schedule
-from flaxgpt.run import CHECKPOINTS, Run, prompt_ids
+from flaxgpt.run import CHECKPOINTS, Run
 from flaxgpt.state import Params, TrainState, abstract_state, count_params, create_state
 
 Metrics = dict[str, jax.Array]
@@ -84,52 +84,50 @@ def train(run: Run, corpus: Corpus, *, resume: bool = False) -> TrainState:
     cfg = run.cfg
     train_batches = data.train_batches(corpus.train, cfg)
     splits = data.eval_batches(corpus.train, cfg, "training"), data.eval_batches(corpus.val, cfg, "validation")
-    prompt_BT = np.asarray([prompt_ids(cfg, corpus)], np.int32)
+    prompt_BT = np.asarray([corpus.tokenizer.encode(cfg.prompt)], np.int32)
 
     mesh, tx, model = sharding.make_mesh(cfg.fsdp), make_optimizer(cfg), GPT(cfg.model)
-    checkpoints = Checkpoints(run.folder / CHECKPOINTS, keep=cfg.keep_checkpoints)
-    if resume:
-        template = abstract_state(cfg, tx)
-        state = checkpoints.restore(template, sharding.state_shardings(template, mesh))
-    else:
-        state = create_state(cfg, tx, mesh)
-    start = int(state.step)
-    if start >= cfg.max_steps:
-        raise InputError(f"{run.folder} has made its {start} updates: pass a larger --max-steps to go on")
-    train_step = jax.jit(make_train_step(model, tx, cfg.grad_accum_steps), donate_argnums=0)
+    template = abstract_state(cfg, tx)
+    shardings = sharding.state_shardings(template, mesh)
+    train_step = jax.jit(make_train_step(model, tx, cfg.grad_accum_steps), donate_argnums=0, out_shardings=(shardings, None))
     eval_step = jax.jit(make_eval_step(model))
     learning_rates = np.asarray(make_schedule(cfg)(np.arange(cfg.max_steps)))
 
-    def report(step: int, metrics: Metrics) -> None:
-        run.step(step, float(metrics["loss"]), float(metrics["grad_norm"]), float(learning_rates[step]))
+    with Checkpoints(run.folder / CHECKPOINTS, keep=cfg.keep_checkpoints) as checkpoints:
+        state = checkpoints.restore(template, shardings) if resume else create_state(cfg, tx, mesh)
+        start = int(state.step)
+        if start >= cfg.max_steps:
+            raise InputError(f"{run.folder} has made its {start} updates: pass a larger --max-steps to go on")
 
-    def evaluate(step: int) -> None:
-        losses = [jnp.stack([eval_step(state.params, sharding.shard_batch(batch, mesh)) for batch in split]).mean() for split in splits]
-        text = ""
-        if cfg.sample_tokens:
-            ids = generate(state.params, cfg.model, prompt_BT, max_new_tokens=cfg.sample_tokens)
-            text = corpus.tokenizer.decode(np.asarray(ids[0]).tolist())
-        run.evaluation(step, *map(float, losses), text)
+        def report(step: int, metrics: Metrics) -> None:
+            run.step(step, float(metrics["loss"]), float(metrics["grad_norm"]), float(learning_rates[step]))
 
-    split = "" if cfg.batch_size % mesh.size == 0 else f" (each with the whole batch: {cfg.batch_size} rows can't be split)"
-    run.begin(start, n_params=count_params(state.params), devices=f"{mesh.size} x {jax.devices()[0].device_kind}{split}")
-    pending: tuple[int, Metrics] | None = None
-    for step in range(start, cfg.max_steps):
-        state, metrics = train_step(state, sharding.shard_batch(train_batches[step], mesh))
-        if pending:
-            report(*pending)
-        pending = step, metrics
-        last = step == cfg.max_steps - 1 or run.interrupted
-        evaluates = last or step % cfg.eval_every == 0
-        saves = last or (step + 1) % cfg.checkpoint_every == 0
-        if evaluates or saves:
-            report(*pending)  # which refuses a loss that is not finite: such a state is not worth saving
-            pending = None
-        if saves:
-            checkpoints.save(state)
-        if evaluates:
-            evaluate(step)
-        if last:
-            break
-    checkpoints.close()
+        def evaluate(step: int) -> None:
+            losses = [jnp.stack([eval_step(state.params, sharding.shard_batch(batch, mesh)) for batch in split]).mean() for split in splits]
+            text = ""
+            if cfg.sample_tokens:
+                ids = generate(state.params, cfg.model, prompt_BT, max_new_tokens=cfg.sample_tokens)
+                text = corpus.tokenizer.decode(np.asarray(ids[0]).tolist())
+            run.evaluation(step, *map(float, losses), text)
+
+        whole = "" if cfg.microbatch_size % mesh.size == 0 else f" (each with all rows: {cfg.microbatch_size} do not split over them)"
+        run.begin(start, n_params=count_params(state.params), devices=f"{mesh.size} x {jax.devices()[0].device_kind}{whole}")
+        pending: tuple[int, Metrics] | None = None
+        for step in range(start, cfg.max_steps):
+            state, metrics = train_step(state, sharding.shard_batch(train_batches[step], mesh))
+            if pending:
+                report(*pending)
+            pending = step, metrics
+            last = step == cfg.max_steps - 1 or run.stopped_by is not None
+            evaluates = last or step % cfg.eval_every == 0
+            saves = last or (step + 1) % cfg.checkpoint_every == 0
+            if evaluates or saves:
+                report(*pending)  # which refuses what is not finite: such a state is not worth saving
+                pending = None
+            if saves:
+                checkpoints.save(state)
+            if evaluates:
+                evaluate(step)
+            if last:
+                break
     return state

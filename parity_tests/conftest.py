@@ -24,19 +24,10 @@ SMALL = GPTConfig(vocab_size=97, context_length=16, emb_dim=32, n_heads=4, n_lay
 
 @pytest.fixture
 def verdict() -> str:
-    return _named_text("the-verdict")
-
-
-@pytest.fixture
-def shakespeare() -> str:
-    return _named_text("tinyshakespeare")
-
-
-def _named_text(name: str) -> str:
-    path = cache_dir() / f"{name}.txt"
+    path = cache_dir() / "the-verdict.txt"
     if not path.is_file():
-        pytest.skip(f"{path} is not there: tests don't download; `flaxgpt-train --data {name} --max-steps 1` fetches it")
-    return download(name).read_text(encoding="utf-8")
+        pytest.skip(f"{path} is not there, and tests don't download: scripts/train_jax.py --data the-verdict --max-steps 1 does")
+    return download("the-verdict").read_text(encoding="utf-8")
 
 
 @pytest.fixture

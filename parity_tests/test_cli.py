@@ -1,6 +1,7 @@
 """The scripts as a user meets them: flags, errors in one line with exit code 2, help."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,9 @@ def test_overwrite_deletes_nothing_but_run_folders(call, tmp_path):
     refused(call(train_jax, *SMALL_RUN, "--out-dir", "thesis", "--overwrite"), "not a run folder")
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "years of work"
     refused(call(train_jax, *SMALL_RUN, "--out-dir", "thesis/thesis.tex"), "is a file")
+    refused(call(train_jax, *SMALL_RUN, "--out-dir", "thesis/thesis.tex/x"), "is a file")
+    (tmp_path / "thesis" / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    refused(call(train_jax, *SMALL_RUN, "--out-dir", "thesis", "--overwrite"), "not a run folder")
     refused(call(train_jax, "--out-dir", "thesis", "--resume"), "not a run folder")
 
 
@@ -140,12 +144,28 @@ def test_a_missing_or_foreign_checkpoint_is_one_line(call, tmp_path):
     config.write_text(config.read_text().replace('"emb_dim": 16', '"emb_dim": 32'))
     refused(call(sample, "--checkpoint", "a", "--prompt", "the"), "does not fit")
     refused(call(train_jax, "--out-dir", "a", "--resume", "--max-steps", "5"), "does not fit")
-    config.write_text("{}")
-    refused(call(sample, "--checkpoint", "a", "--prompt", "the"), "does not fit")
-    config.write_text('{"surprise": 1}')
-    refused(call(sample, "--checkpoint", "a", "--prompt", "the"), "surprise")
-    config.write_text("not json")
-    refused(call(sample, "--checkpoint", "a", "--prompt", "the"), "config.json")
+    for content, pattern in (
+        (b"{}", "does not fit"),
+        (b'{"surprise": 1}', "surprise"),
+        (b"not json", "config.json"),
+        (b"\xff", "config.json"),
+    ):
+        config.write_bytes(content)
+        refused(call(sample, "--checkpoint", "a", "--prompt", "the"), pattern)
+
+
+def test_a_damaged_checkpoint_is_one_line(call, tmp_path):
+    assert call(train_jax, *SMALL_RUN, "--out-dir", "a")[0] == 0
+    for file in (tmp_path / "a" / "checkpoints" / "3" / "params").rglob("*"):
+        if file.is_file() and file.parent.name == "d":
+            file.write_bytes(file.read_bytes()[:100])
+    refused(call(sample, "--checkpoint", "a", "--prompt", "the"), "is damaged")
+    for item in (tmp_path / "a" / "checkpoints").iterdir():
+        shutil.rmtree(item)
+    refused(call(sample, "--checkpoint", "a", "--prompt", "the"), "no checkpoint")
+    refused(call(train_jax, "--out-dir", "a", "--resume", "--max-steps", "9"), "no checkpoint")
+    (tmp_path / "a" / "tokenizer.json").write_bytes(b"\xff")
+    refused(call(sample, "--checkpoint", "a", "--prompt", "the"), "tokenizer")
 
 
 @pytest.mark.parametrize("script", ["train_jax", "train_torch", "sample"])

@@ -52,7 +52,7 @@ def test_logits_loss_and_greedy_text_are_equal_for_any_config(cfg, data):
     assert logits.dtype == jnp.float32
     assert_close("logits, random configs", logits, expected, LOGITS_BOUND, where=str(logits.shape))
     # A loss is a difference of logits, so it is as exact as they are large.
-    largest = float(jnp.abs(logits).max())
+    largest = max(1.0, float(jnp.abs(logits).max()))
     assert_close("loss, random configs", next_token_loss(logits, targets), expected_loss, LOSS_BOUND, scale=largest)
 
     new = cfg.context_length  # so that it goes past the context
@@ -109,7 +109,7 @@ class FixedDropout(torch.nn.Module):
         return x * self.keep / (1 - self.rate)
 
 
-def test_dropout_masks_handed_in_give_the_logits_of_the_reference_with_the_same_masks():
+def test_dropout_masks_handed_in_give_the_logits_and_gradients_of_the_reference_with_the_same_masks():
     cfg = SMALL.replace(drop_rate=0.3)
     reference, params = random_pair(cfg)
     rng = np.random.default_rng(0)
@@ -133,10 +133,16 @@ def test_dropout_masks_handed_in_give_the_logits_of_the_reference_with_the_same_
         block.drop_shortcut1 = FixedDropout(blocks["drop_shortcut1"]["keep"][i], cfg.drop_rate)
         block.drop_shortcut2 = FixedDropout(blocks["drop_shortcut2"]["keep"][i], cfg.drop_rate)
     tokens = random_ids(cfg, (B, T))
-    with torch.no_grad():
-        expected = reference(torch.from_numpy(tokens))
-    logits = GPT(cfg).apply({"params": params, "dropout_masks": given}, tokens, deterministic=False)
-    assert_close("logits, the same dropout masks", logits, expected, LOGITS_BOUND)
+    expected = reference(torch.from_numpy(tokens))
+    variables = {"params": params, "dropout_masks": given}
+    logits, pull_back = jax.vjp(lambda v: GPT(cfg).apply(v, tokens, deterministic=False), variables)
+    assert_close("logits, the same dropout masks", logits, expected.detach(), LOGITS_BOUND)
+    direction = rng.standard_normal(logits.shape).astype(np.float32)
+    expected.backward(torch.from_numpy(direction))
+    (gradients,) = pull_back(direction)
+    theirs = from_torch({name: parameter.grad for name, parameter in reference.named_parameters()}, cfg)
+    for (path, ours), wanted in zip(jax.tree.leaves_with_path(gradients["params"]), jax.tree.leaves(theirs), strict=True):
+        assert_close("gradients, the same dropout masks", ours, wanted, GRADIENT_BOUND, where=jax.tree_util.keystr(path))
     assert relative(GPT(cfg).apply({"params": params}, tokens), expected) > 0.1, "the masks make no difference"
 
 

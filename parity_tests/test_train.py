@@ -12,7 +12,8 @@ from flaxgpt.config import TrainConfig
 from flaxgpt.data import train_batches
 from flaxgpt.model import GPT
 from flaxgpt.optim import make_optimizer
-from flaxgpt.run import COLUMNS, prepare, read_metrics
+from flaxgpt.prepare import prepare
+from flaxgpt.run import COLUMNS, read_metrics
 from flaxgpt.state import init_state
 from flaxgpt.train import make_train_step, train
 from torch_ref.train import train as train_torch
@@ -59,8 +60,7 @@ def without_times(folder):
 def test_a_resumed_run_is_the_run_that_never_stopped_bit_for_bit(config, tmp_path):
     whole = run_to_the_end(config, tmp_path / "whole")
     run_to_the_end(config.replace(max_steps=7, decay_steps=12), tmp_path / "parts")
-    resumed = config.replace(decay_steps=12)
-    state = run_to_the_end(resumed, tmp_path / "parts", resume=True)
+    state = run_to_the_end(config.replace(decay_steps=12), tmp_path / "parts", resume=True)
     assert_equal_bits(whole, state)
     by_step = {r["step"]: r for r in without_times(tmp_path / "parts") if "val/loss" in r}
     for record in without_times(tmp_path / "whole"):
@@ -73,15 +73,26 @@ def test_resuming_from_an_older_checkpoint_forgets_what_was_logged_after_it(conf
     before = without_times(tmp_path / "run")
     (newest,) = [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name == "12"]
     newest.rename(tmp_path / "set-aside")
+    samples = (tmp_path / "run" / "samples.txt").read_text()
     run_to_the_end(config, tmp_path / "run", resume=True)  # from update 10
     assert without_times(tmp_path / "run") == before
+    assert (tmp_path / "run" / "samples.txt").read_text() == samples
+
+
+def test_resuming_refuses_another_text_and_a_finished_run(config, tmp_path):
+    run_to_the_end(config, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"made its 12 updates: pass a larger --max-steps"):
+        run_to_the_end(config, tmp_path / "run", resume=True)
+    (tmp_path / "text.txt").write_text(TEXT.replace("sat", "tas"))
+    with pytest.raises(ValueError, match="not the one that"):
+        prepare(config.replace(max_steps=20, decay_steps=12), tmp_path / "run", resume=True)
 
 
 def test_the_run_folder_holds_what_scripts_rely_on(config, tmp_path, capsys):
     run_to_the_end(config, tmp_path / "run")
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
-        *("config.json", "tokenizer.json", "metrics.jsonl", "metrics.csv", "loss.png", "samples.txt", "checkpoints")
+        *("config.json", "tokenizer.json", "data.json", "metrics.jsonl", "metrics.csv", "loss.png", "samples.txt", "checkpoints")
     }
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluations = [r for r in records if "val/loss" in r]
@@ -135,8 +146,9 @@ def test_ctrl_c_finishes_the_update_saves_and_can_be_resumed(config, tmp_path, m
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_remedy(config, tmp_path):
-    with pytest.raises(ValueError, match=r"loss at step .* is nan: lower learning_rate"):
+    with pytest.raises(ValueError, match=r"at step \d+ the loss is .*: lower learning_rate"):
         run_to_the_end(config.replace(learning_rate=1e30, min_learning_rate=None, clip_norm=None), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoints/*")), "a broken state was saved"
 
 
 def test_accumulated_microbatches_give_the_whole_batch_s_update():

@@ -23,7 +23,7 @@ class SampleArgs:
     checkpoint: Path
     """A run folder."""
     prompt: str | None = None
-    """Text to continue; None: the prompt of the run's own samples, else a line break."""
+    """Text to continue; None: the prompt of the run's own samples."""
     max_new_tokens: int = 200
     """Tokens to add to the prompt."""
     temperature: float = 0.8
@@ -52,14 +52,9 @@ def main() -> None:
     from flaxgpt.generate import generate
 
     params, cfg, tokenizer = load_run(args.checkpoint)
-    prompt = args.prompt if args.prompt is not None else cfg.prompt or "\n"
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(cfg.prompt or "" if args.prompt is None else args.prompt)
     if not ids:
         raise InputError("the prompt is empty: give at least one character with --prompt")
-    context_length = cfg.model.context_length
-    if len(ids) > context_length:
-        print(f"the prompt has {len(ids)} tokens; the model sees the last {context_length}", file=sys.stderr)
-
     started = time.perf_counter()
     ids_BT = np.asarray(
         generate(
@@ -73,6 +68,8 @@ def main() -> None:
         )
     )
     seconds = time.perf_counter() - started
+    if len(ids) > cfg.model.context_length:
+        print(f"the prompt has {len(ids)} tokens; the model sees the last {cfg.model.context_length}", file=sys.stderr)
     for i, row in enumerate(ids_BT):
         if args.num_samples > 1:
             print(f"--- sample {i + 1} ---")

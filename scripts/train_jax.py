@@ -6,6 +6,8 @@ Examples:
   train_jax.py --out-dir runs/mine --resume --max-steps 5000
 """
 
+import sys
+
 from flaxgpt.cli import one_line_errors, parse_train, sample_command
 
 
@@ -14,13 +16,16 @@ def main() -> None:
     """Parse the flags, load the data, train, tell how to go on."""
     args = parse_train(__doc__)
 
-    from flaxgpt.run import prepare
+    from flaxgpt.prepare import prepare
     from flaxgpt.train import train
 
     run, corpus = prepare(args.config, args.out_dir, resume=args.resume, overwrite=args.overwrite, command=sample_command(args.out_dir))
     with run:
         train(run, corpus, resume=args.resume)
         run.summary()
+    if run.stopped_by is not None:
+        print("stopped early: the same command with --resume goes on from here")
+        sys.exit(128 + run.stopped_by)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ Examples:
   train_torch.py --out-dir runs/tiny-torch
 """
 
+import sys
+
 from flaxgpt.cli import one_line_errors, parse_train, sample_command
 from flaxgpt.errors import InputError
 
@@ -18,13 +20,19 @@ def main() -> None:
     if args.config.fsdp > 1 or args.config.model.dtype != "float32" or args.config.model.remat:
         raise InputError("the reference trains in float32 on one device: pass --dtype float32 --no-remat --fsdp 1")
 
-    from flaxgpt.run import prepare
-    from torch_ref.train import train
+    from flaxgpt.prepare import prepare
+
+    try:
+        from torch_ref.train import train
+    except ModuleNotFoundError as error:
+        raise InputError(f'the reference needs {error.name}: pip install -e ".[parity]" (or "flaxgpt[parity]")') from None
 
     run, corpus = prepare(args.config, args.out_dir, overwrite=args.overwrite, command=sample_command(args.out_dir))
     with run:
         train(run, corpus)
         run.summary()
+    if run.stopped_by is not None:
+        sys.exit(128 + run.stopped_by)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 
 from flaxgpt.config import TrainConfig
 from flaxgpt.corpus import Corpus
-from flaxgpt.run import CHECKPOINTS, TORCH_WEIGHTS, Run, prompt_ids
+from flaxgpt.run import CHECKPOINTS, TORCH_WEIGHTS, Run
 from torch_ref.data import Batch, create_dataloaders
 from torch_ref.generate import generate_text_simple
 from torch_ref.model import GPTModel, init_gpt2_
 
 
-def train(run: Run, corpus: Corpus, device: str = "cpu") -> GPTModel:
+def train(run: Run, corpus: Corpus) -> GPTModel:
     """Train for `max_steps` updates, the same run as `flaxgpt.train.train`, in the reference.
 
     Everything draws from one generator in the order in which it happens: the weights, each epoch's shuffle, the dropout
@@ -36,11 +36,10 @@ def train(run: Run, corpus: Corpus, device: str = "cpu") -> GPTModel:
     model = GPTModel(cfg.model)
     if cfg.model.init == "gpt2":
         init_gpt2_(model)
-    model.to(device)
     optimizer = make_optimizer(model, cfg)
-    prompt_BT = torch.tensor([prompt_ids(cfg, corpus)], device=device)
+    prompt_BT = torch.tensor([corpus.tokenizer.encode(cfg.prompt)])
 
-    run.begin(0, n_params=sum(p.numel() for p in model.parameters()), devices=f"1 x {device} (torch)")
+    run.begin(0, n_params=sum(p.numel() for p in model.parameters()), devices="1 x cpu (torch)")
     step = 0
     for _epoch in itertools.count():
         for batch in train_loader:
@@ -49,17 +48,17 @@ def train(run: Run, corpus: Corpus, device: str = "cpu") -> GPTModel:
                 group["lr"] = learning_rate(step, cfg)
             optimizer.zero_grad()
             loss = 0.0
-            for inputs_BT, targets_BT in zip(*(side.chunk(cfg.grad_accum_steps) for side in batch), strict=True):
-                part = calc_loss_batch(model, inputs_BT, targets_BT) / cfg.grad_accum_steps
+            for weight, inputs_BT, targets_BT in microbatches(batch, cfg.microbatch_size):
+                part = weight * calc_loss_batch(model, inputs_BT, targets_BT)
                 part.backward()
                 loss += part.item()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm or math.inf)
             optimizer.step()
 
             run.step(step, loss, grad_norm.item(), learning_rate(step, cfg))
-            last = step == cfg.max_steps - 1 or run.interrupted
+            last = step == cfg.max_steps - 1 or run.stopped_by is not None
             if last or step % cfg.eval_every == 0:
-                train_loss, val_loss = evaluate_model(model, train_loader, val_loader, cfg.eval_batches)
+                train_loss, val_loss = evaluate_model(model, train_loader, val_loader, cfg)
                 ids = generate_text_simple(model, prompt_BT, cfg.sample_tokens, cfg.model.context_length)
                 run.evaluation(step, train_loss, val_loss, corpus.tokenizer.decode(ids[0].tolist()) if cfg.sample_tokens else "")
             if last or (step + 1) % cfg.checkpoint_every == 0:
@@ -72,24 +71,36 @@ def train(run: Run, corpus: Corpus, device: str = "cpu") -> GPTModel:
 
 def calc_loss_batch(model: GPTModel, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
     """Mean negative log-likelihood of the targets, in nats per token."""
-    device = model.tok_emb.weight.device
-    logits_BTV = model(inputs_BT.to(device))
-    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.to(device).flatten())
+    logits_BTV = model(inputs_BT)
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+
+def microbatches(batch: Batch, size: int) -> list[tuple[float, torch.Tensor, torch.Tensor]]:
+    """The batch in parts of at most `size` rows, each with its share of the batch: the weight of its mean in the batch's."""
+    inputs_BT, targets_BT = batch
+    parts = zip(inputs_BT.split(size), targets_BT.split(size), strict=True)
+    return [(len(inputs) / len(inputs_BT), inputs, targets) for inputs, targets in parts]
 
 
 @torch.no_grad()
-def calc_loss_loader(model: GPTModel, loader: DataLoader[Batch], num_batches: int | None = None) -> float:
+def calc_loss_loader(
+    model: GPTModel, loader: DataLoader[Batch], num_batches: int | None = None, microbatch_size: int | None = None
+) -> float:
     """Mean loss over the first `num_batches` batches (all, if there are fewer); nan for a loader without any."""
-    losses = [calc_loss_batch(model, *batch).item() for batch in itertools.islice(loader, num_batches)]
+    losses = []
+    for batch in itertools.islice(loader, num_batches):
+        parts = microbatches(batch, microbatch_size or len(batch[0]))
+        losses.append(sum(weight * calc_loss_batch(model, inputs, targets).item() for weight, inputs, targets in parts))
     return sum(losses) / len(losses) if losses else math.nan
 
 
 def evaluate_model(
-    model: GPTModel, train_loader: DataLoader[Batch], val_loader: DataLoader[Batch], num_batches: int
+    model: GPTModel, train_loader: DataLoader[Batch], val_loader: DataLoader[Batch], cfg: TrainConfig
 ) -> tuple[float, float]:
-    """Training and validation loss over `num_batches` batches each, dropout off; leaves the model in `eval()` mode."""
+    """Training and validation loss over `cfg.eval_batches` batches each, dropout off; leaves the model in `eval()` mode."""
     model.eval()
-    return calc_loss_loader(model, train_loader, num_batches), calc_loss_loader(model, val_loader, num_batches)
+    train_loss, val_loss = (calc_loss_loader(model, loader, cfg.eval_batches, cfg.microbatch_size) for loader in (train_loader, val_loader))
+    return train_loss, val_loss
 
 
 def make_optimizer(model: GPTModel, cfg: TrainConfig) -> torch.optim.AdamW:

@@ -1,0 +1,85 @@
+"""Everything that can be checked before a run folder is made or touched."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from flaxgpt.config import TrainConfig
+from flaxgpt.corpus import Corpus, count_windows, load_corpus
+from flaxgpt.errors import InputError
+from flaxgpt.run import DATA, TOKENIZER, Run, load_config, read_text
+from flaxgpt.tokenizer import load_tokenizer
+
+CHANGEABLE = (
+    "max_steps",
+    "log_every",
+    "eval_every",
+    "eval_batches",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "prompt",
+    "sample_tokens",
+    "fsdp",
+)
+"""What `--resume` may change: how long to train and how to look, not what is trained on what."""
+
+
+def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite: bool = False, command: str = "") -> tuple[Run, Corpus]:
+    """Load the data, fit the config to it, and check all that can be checked before the run folder is made or touched.
+
+    Args:
+        cfg: the run. Its vocabulary becomes the tokenizer's, and what it leaves to be derived (the end of the schedule, the
+            prompt) is written out, so that a resumed run has the same.
+        out_dir: the run folder.
+        resume: go on with the run in it.
+        overwrite: delete the run in it, once this one begins.
+        command: what the summary names as the way to sample from the run.
+
+    Raises:
+        InputError: see `check_out_dir`, `load_corpus` and `count_windows`; or the run to resume had another config or other data.
+    """
+    check_out_dir(out_dir, resume=resume, overwrite=overwrite)
+    corpus = load_corpus(cfg.data, cfg.tokenizer, cfg.train_ratio)
+    count_windows(len(corpus.train), cfg, "training")
+    count_windows(len(corpus.val), cfg, "validation")
+    model = cfg.model.replace(vocab_size=corpus.tokenizer.vocab_size)
+    cfg = cfg.replace(model=model, decay_steps=cfg.total_decay_steps, prompt=cfg.prompt or _opening_words(corpus))
+    corpus.tokenizer.encode(cfg.prompt)
+    if resume:
+        saved, new = load_config(out_dir).to_dict(), cfg.to_dict()
+        if changed := [name for name in saved if saved[name] != new[name] and name not in CHANGEABLE]:
+            raise InputError(f"--resume can't change {', '.join(changed)}; start another run with another --out-dir")
+        if load_tokenizer(out_dir / TOKENIZER).to_dict() != corpus.tokenizer.to_dict() or read_text(out_dir / DATA) != corpus.fingerprint():
+            raise InputError(f"--resume: the text of {cfg.data} is not the one that {out_dir} was trained on")
+    return Run(out_dir, cfg, corpus, resume=resume, command=command), corpus
+
+
+def check_out_dir(out_dir: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder that this run must not touch; changes nothing.
+
+    Raises:
+        InputError: the folder has contents and neither flag is given, `resume` finds no run, `overwrite` would delete
+            something that is not a run, or the folder can't be made.
+    """
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite exclude each other")
+    parent = next(p for p in (out_dir, *out_dir.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise InputError(f"{parent} is a file: choose another --out-dir")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{parent} is not writable: choose another --out-dir")
+    if resume:
+        load_config(out_dir)
+    elif out_dir.is_dir() and any(out_dir.iterdir()):
+        if not overwrite:
+            raise InputError(f"{out_dir} exists: pass --resume to go on with it, --overwrite to delete it, or another --out-dir")
+        load_config(out_dir)  # what is not a run folder is not for us to delete
+
+
+def _opening_words(corpus: Corpus) -> str:
+    """Two whole words from the start of the validation text, or its first characters where words are not to be seen."""
+    text = corpus.tokenizer.decode(corpus.val[:200].tolist())
+    words = re.search(r"\s(\S+\s+\S+)\s", text)
+    return words[1] if words else text[:8]
