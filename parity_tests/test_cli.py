@@ -7,14 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import sample
+import train_jax
+import train_torch
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import sample  # noqa: E402
-import train_jax  # noqa: E402
-import train_torch  # noqa: E402
-
 SMALL_MODEL = ["--n-layers", "1", "--n-heads", "2", "--emb-dim", "16", "--context-length", "8"]
 SMALL_RUN = [*SMALL_MODEL, "--batch-size", "2", "--max-steps", "3", "--eval-batches", "1", "--sample-tokens", "4"]
 
