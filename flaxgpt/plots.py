@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 
 def save_loss_plot(records: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -33,6 +33,7 @@ def save_loss_plot(records: list[dict[str, Any]], path: Path, title: str) -> Non
     per_step = records[-1]["tokens"] / (records[-1]["step"] + 1)
     tokens = axes.secondary_xaxis("top", functions=(lambda s: (s + 1) * per_step, lambda t: t / per_step - 1))
     tokens.set_xlabel("tokens seen")
+    tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
     scratch = path.with_name(f".{path.name}.writing")
     figure.savefig(scratch, format="png", dpi=130)
     os.replace(scratch, path)
