@@ -21,7 +21,7 @@ from torch_ref import model as torch_model
 from torch_ref.generate import generate_text_simple
 from torch_ref.train import calc_loss_batch
 
-LOGITS_BOUND, LOSS_BOUND, GRADIENT_BOUND = 2e-6, 1e-6, 5e-6
+LOGITS_BOUND, LOSS_BOUND, GRADIENT_BOUND = 2e-6, 3e-6, 5e-6
 
 
 @st.composite

@@ -68,4 +68,4 @@ def test_five_updates_leave_the_same_parameters(decay, clip_norm, accum):
     for (path, ours), theirs, before in zip(jax.tree.leaves_with_path(state.params), jax.tree.leaves(expected), start, strict=True):
         moved = float(np.linalg.norm(np.asarray(theirs, np.float64) - before))
         where = f"{jax.tree_util.keystr(path)} decay={decay} clip_norm={clip_norm} accum={accum}"
-        assert_close("5 AdamW updates, relative to their size", ours, theirs, 1e-4, scale=moved, where=where)
+        assert_close("5 AdamW updates, relative to their size", ours, theirs, 5e-4, scale=moved, where=where)
