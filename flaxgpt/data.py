@@ -28,20 +28,19 @@ class Windows:
         return window[:-1], window[1:]
 
 
-def train_batches(tokens: np.ndarray, cfg: TrainConfig, seed: int | None = None) -> grain.MapDataset:
+def train_batches(tokens: np.ndarray, cfg: TrainConfig) -> grain.MapDataset:
     """An endless dataset whose element `[step]` is the batch of that update, shuffled anew each epoch.
 
     Args:
         tokens: (number of tokens,) of the training split.
         cfg: the run.
-        seed: in place of the run's own.
 
     Raises:
         InputError: there are fewer tokens than one window, or fewer windows than one batch.
     """
     count_windows(len(tokens), cfg, "training")
     windows = Windows(tokens, cfg.model.context_length, cfg.window_stride)
-    dataset = grain.MapDataset.source(windows).seed(cfg.seed if seed is None else seed)
+    dataset = grain.MapDataset.source(windows).seed(cfg.seed)
     if cfg.shuffle:
         dataset = dataset.shuffle()
     if cfg.drop_last:
