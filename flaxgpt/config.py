@@ -71,8 +71,9 @@ class GPTConfig(_Config):
     """Use the token embedding as the output head (the released GPT-2 weights do)."""
     init: Literal["gpt2", "torch"] = "gpt2"
     """gpt2: normal(0.02), residual projections scaled by 1/sqrt(2 n_layers). torch: the defaults of torch's layers."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of activations and matrix products; parameters, norms, softmax and logits stay float32."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Precision of activations and matrix products; parameters, norms, softmax and logits are float32 at least.
+    float64 is for checking numerics: it wants JAX_ENABLE_X64=1 and float64 parameters."""
     remat: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more work."""
 

@@ -23,7 +23,7 @@ class GPT(nn.Module):
     `GPT(cfg).init(key, tokens_BT)["params"]` makes the parameters, float32, those of the blocks stacked along a
     leading L axis. `GPT(cfg).apply({"params": params}, tokens_BT)` is deterministic; dropout wants
     `deterministic=False` and either `rngs={"dropout": key}` or the masks themselves, as a collection
-    "dropout_masks" (see Dropout).
+    "dropout_masks" (see Dropout). With `mutable=["taps"]` the activations come back as well (see tap).
     """
 
     cfg: GPTConfig
@@ -53,15 +53,15 @@ class GPT(nn.Module):
         if T > cfg.context_length:
             raise ValueError(f"{T} tokens do not fit in context_length={cfg.context_length}; crop them to the last ones")
         x_BTD = self.tok_emb(tokens_BT) + self.pos_emb(jnp.arange(T))
-        x_BTD = self.drop_emb(x_BTD, deterministic)
+        x_BTD = tap(self, "embedding", self.drop_emb(x_BTD, deterministic))
 
         def block(module: TransformerBlock, x_BTD: jax.Array, _: None) -> tuple[jax.Array, None]:
             return module(x_BTD, deterministic), None
 
-        # One compiled block, run L times: parameters, dropout keys and dropout masks are split along the L axis.
+        # One compiled block, run L times: every collection and the dropout keys are split along the L axis.
         x_BTD, _ = nn.scan(
             nn.remat(block, prevent_cse=False) if cfg.remat else block,
-            variable_axes={"params": 0, "dropout_masks": 0, "intermediates": 0},
+            variable_axes={"params": 0, "dropout_masks": 0, "taps": 0, "perturbations": 0},
             split_rngs={"params": True, "dropout": True},
             length=cfg.n_layers,
         )(self.trf_blocks, x_BTD, None)
@@ -69,9 +69,8 @@ class GPT(nn.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head: (B, T, D) features to float32 logits (B, T, V)."""
-        if not self.cfg.tie_embeddings:
-            return self.out_head(x_BTD)
-        return _head(x_BTD, self.tok_emb.embedding.T)
+        head = self.out_head if not self.cfg.tie_embeddings else lambda x_BTD: _head(x_BTD, self.tok_emb.embedding.T)
+        return tap(self, "logits", head(x_BTD))
 
 
 class TransformerBlock(nn.Module):
@@ -86,7 +85,9 @@ class TransformerBlock(nn.Module):
 
     def __call__(self, x_BTD: jax.Array, deterministic: bool) -> jax.Array:
         x_BTD = x_BTD + self.drop_shortcut1(self.att(self.norm1(x_BTD), deterministic), deterministic)
-        return x_BTD + self.drop_shortcut2(self.ff(self.norm2(x_BTD)), deterministic)
+        x_BTD = tap(self, "shortcut1", x_BTD)
+        x_BTD = x_BTD + self.drop_shortcut2(self.ff(self.norm2(x_BTD)), deterministic)
+        return tap(self, "shortcut2", x_BTD)
 
 
 class MultiHeadAttention(nn.Module):
@@ -105,13 +106,16 @@ class MultiHeadAttention(nn.Module):
     def __call__(self, x_BTD: jax.Array, deterministic: bool) -> jax.Array:
         B, T, D = x_BTD.shape
         N, H = self.cfg.n_heads, D // self.cfg.n_heads
-        q_BTNH, k_BSNH, v_BSNH = (W(x_BTD).reshape(B, T, N, H) for W in (self.W_query, self.W_key, self.W_value))
-        scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
+        q_BTNH = tap(self, "query", self.W_query(x_BTD)).reshape(B, T, N, H)
+        k_BSNH = tap(self, "key", self.W_key(x_BTD)).reshape(B, T, N, H)
+        v_BSNH = tap(self, "value", self.W_value(x_BTD)).reshape(B, T, N, H)
+        scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=_wide(x_BTD.dtype))
         causal_TS = jnp.tril(jnp.ones((T, T), bool))
         weights_BNTS = jax.nn.softmax(jnp.where(causal_TS, scores_BNTS * H**-0.5, -jnp.inf))
-        weights_BNTS = self.dropout(weights_BNTS.astype(x_BTD.dtype), deterministic)
-        context_BTNH = jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, v_BSNH)
-        return self.out_proj(context_BTNH.reshape(B, T, D))
+        weights_BNTS = tap(self, "weights", weights_BNTS.astype(x_BTD.dtype))
+        context_BTNH = jnp.einsum("BNTS,BSNH->BTNH", self.dropout(weights_BNTS, deterministic), v_BSNH)
+        context_BTD = tap(self, "context", context_BTNH.reshape(B, T, D))
+        return tap(self, "out", self.out_proj(context_BTD))
 
 
 class FeedForward(nn.Module):
@@ -125,8 +129,8 @@ class FeedForward(nn.Module):
         self.layers_2 = dense(self.cfg, F, D, residual=True)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        hidden_BTF = jax.nn.gelu(self.layers_0(x_BTD), approximate=True)
-        return self.layers_2(hidden_BTF)
+        hidden_BTF = tap(self, "hidden", jax.nn.gelu(self.layers_0(x_BTD), approximate=True))
+        return tap(self, "out", self.layers_2(hidden_BTF))
 
 
 class LayerNorm(nn.Module):
@@ -136,10 +140,10 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         shift = self.param("shift", nn.initializers.zeros, (x.shape[-1],))
-        x_wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x_wide = x.astype(_wide(x.dtype))
         mean = x_wide.mean(-1, keepdims=True)
         variance = x_wide.var(-1, keepdims=True)
-        return (scale * (x_wide - mean) * jax.lax.rsqrt(variance + 1e-5) + shift).astype(x.dtype)
+        return tap(self, "out", (scale * (x_wide - mean) * jax.lax.rsqrt(variance + 1e-5) + shift).astype(x.dtype))
 
 
 class Dropout(nn.Module):
@@ -147,6 +151,7 @@ class Dropout(nn.Module):
 
     What to keep is drawn from the "dropout" stream, unless the caller hands it in: a boolean array `keep` of the
     shape of x, in the collection "dropout_masks" at this module's path. So a run of another implementation can be replayed.
+    With `mutable=["dropout_masks"]` what was drawn comes back, to be replayed elsewhere.
     """
 
     rate: float
@@ -159,6 +164,8 @@ class Dropout(nn.Module):
             keep = self.get_variable("dropout_masks", "keep")
         else:
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+            if self.is_mutable_collection("dropout_masks"):
+                self.put_variable("dropout_masks", "keep", keep)
         return jnp.where(keep, x / (1 - self.rate), 0)
 
 
@@ -174,7 +181,26 @@ class OutHead(nn.Module):
 
 
 def _head(x_BTD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
-    return jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=_wide(x_BTD.dtype))
+
+
+def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
+    """A point of the forward pass that can be looked at from outside: x itself, unless the caller asks for more.
+
+    With `mutable=["taps"]`, x comes back in that collection at the module's path. An array of x's shape in the collection
+    "perturbations" at that path is added to x, so the gradient with respect to it is the gradient with respect to x.
+    """
+    if module.is_initializing():
+        return x
+    if module.has_variable("perturbations", name):
+        x = x + module.get_variable("perturbations", name)
+    module.sow("taps", name, x, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+    return x
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    """What norms, softmax and logits are computed in: float32, or float64 in a float64 model."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def dense(cfg: GPTConfig, fan_in: int, features: int, *, use_bias: bool = True, residual: bool = False) -> nn.Dense:

@@ -164,16 +164,15 @@ def test_dropout_is_a_function_of_its_key_and_keeps_the_mean():
 
 def test_dropout_differs_between_the_layers_and_between_the_shortcuts():
     cfg = SMALL.replace(drop_rate=0.5, n_layers=3)
-    _, captured = GPT(cfg).apply(
+    _, drawn = GPT(cfg).apply(
         {"params": random_pair(cfg)[1]},
         random_ids(cfg, (2, 16)),
         deterministic=False,
         rngs={"dropout": jax.random.key(0)},
-        capture_intermediates=lambda module, _: isinstance(module, flax_model.Dropout),
-        mutable=["intermediates"],
+        mutable=["dropout_masks"],
     )
-    blocks = captured["intermediates"]["trf_blocks"]
-    masks = [np.asarray(blocks[name]["__call__"][0][layer]) == 0 for name in ("drop_shortcut1", "drop_shortcut2") for layer in range(3)]
+    blocks = drawn["dropout_masks"]["trf_blocks"]
+    masks = [np.asarray(blocks[name]["keep"][layer]) for name in ("drop_shortcut1", "drop_shortcut2") for layer in range(3)]
     for i, one in enumerate(masks):
         assert one.mean() == pytest.approx(0.5, abs=0.1)
         for other in masks[:i]:
