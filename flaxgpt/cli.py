@@ -61,21 +61,23 @@ def parse(kind: type[T], args: list[str] | None = None, **options: Any) -> T:
         raise InputError(f"{message}; --help lists the options") from None
 
 
-def parse_train(description: str, args: list[str] | None = None) -> TrainArgs:
+def parse_train(description: str, args: list[str] | None = None, *, preset: str = "tiny", folder: str = "") -> TrainArgs:
     """The arguments of a training script: the preset's config (with --resume, the run folder's) and the flags on top.
+
+    Without these flags, the preset is `preset`, and the run folder `folder` and the preset's name, in runs/.
 
     Raises:
         InputError: an unknown preset or flag, a value that does not fit, or a run folder that can't be resumed.
     """
     args = sys.argv[1:] if args is None else args
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    peek.add_argument("--preset", default="tiny")
+    peek.add_argument("--preset", default=preset)
     peek.add_argument("--out-dir", "--out_dir", type=Path)
     peek.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
-    first = argparse.Namespace(preset="tiny", out_dir=None, resume=False)
+    first = argparse.Namespace(preset=preset, out_dir=None, resume=False)
     with contextlib.suppress(argparse.ArgumentError):  # a flag without its value: tyro will say so
         first = peek.parse_known_args(args)[0]
-    out_dir = first.out_dir or Path("runs") / first.preset
+    out_dir = first.out_dir or Path("runs") / f"{folder}{first.preset}"
     if first.resume:
         from flaxgpt.run import load_config  # brings in matplotlib, which --help need not wait for
 

@@ -1,4 +1,4 @@
-"""Parameters <-> torch state_dict, as NumPy arrays, by one table used both ways. Imports no framework."""
+"""Parameters (and anything shaped like them) <-> torch names, as NumPy arrays, by one table used both ways. Imports no framework."""
 
 from __future__ import annotations
 
@@ -50,16 +50,17 @@ def table(cfg: GPTConfig) -> list[Row]:
     return rows
 
 
-def from_torch(state_dict: Mapping[str, Any], cfg: GPTConfig) -> Params:
+def from_torch(state_dict: Mapping[str, Any], cfg: GPTConfig, dtype: Any = np.float32) -> Params:
     """The parameters of `flaxgpt.model.GPT` from a state_dict of `torch_ref.model.GPTModel`.
 
     Args:
         state_dict: arrays (or tensors that NumPy can read) by the reference's names. The causal masks may be there or
             not; so may `out_head.weight` of a tied model, which must then equal `tok_emb.weight`.
         cfg: the model's config.
+        dtype: of the result; float64 is for checking numerics.
 
     Returns:
-        Nested dict of float32 NumPy arrays, those of the blocks stacked along a leading L axis.
+        Nested dict of NumPy arrays, those of the blocks stacked along a leading L axis.
 
     Raises:
         InputError: naming every key that is missing, unknown or of the wrong shape.
@@ -76,34 +77,77 @@ def from_torch(state_dict: Mapping[str, Any], cfg: GPTConfig) -> Params:
 
     params: Params = {}
     for row in rows:
-        parts = [np.asarray(arrays[key], np.float32) for key in _keys(row, cfg)]
+        parts = [np.asarray(arrays[key], dtype) for key in _keys(row, cfg)]
         parts = [part.T if row.transposed else part for part in parts]
         _insert(params, row.path, np.stack(parts) if row.stacked else parts[0].copy())
     return params
 
 
-def to_torch(params: Mapping[str, Any], cfg: GPTConfig) -> StateDict:
-    """The inverse of `from_torch`: a complete state_dict, causal masks and tied head included, of float32 NumPy arrays.
+def to_torch(params: Mapping[str, Any], cfg: GPTConfig, dtype: Any = np.float32) -> StateDict:
+    """The inverse of `from_torch`: a complete state_dict, causal masks and tied head included, of NumPy arrays.
 
     Raises:
         InputError: naming every parameter that is missing, unknown or of the wrong shape.
     """
+    state_dict = named_parameters(params, cfg, dtype)
+    if cfg.tie_embeddings:
+        state_dict["out_head.weight"] = state_dict["tok_emb.weight"]
+    mask = np.triu(np.ones((cfg.context_length, cfg.context_length), dtype), k=1)
+    return state_dict | {f"trf_blocks.{i}.att.mask": mask for i in range(cfg.n_layers)}
+
+
+def named_parameters(params: Mapping[str, Any], cfg: GPTConfig, dtype: Any = np.float32) -> StateDict:
+    """What `GPTModel(cfg).named_parameters()` gives, in its order: each parameter (or its gradient, or moment) once, by name.
+
+    Raises:
+        InputError: as `to_torch`.
+    """
     rows = table(cfg)
-    arrays = {path: np.asarray(value, np.float32) for path, value in _flatten(params)}
+    arrays = {path: np.asarray(value, dtype) for path, value in _flatten(params)}
     lead = (cfg.n_layers,)
     wanted = {row.path: (lead if row.stacked else ()) + (row.shape[::-1] if row.transposed else row.shape) for row in rows}
     if faults := shape_faults({path: array.shape for path, array in arrays.items()}, wanted):
         raise InputError("the parameters do not fit the config: " + "; ".join(faults))
-
-    state_dict: StateDict = {}
+    named: StateDict = {}
     for row in rows:
         parts = arrays[row.path] if row.stacked else arrays[row.path][None]
         for key, part in zip(_keys(row, cfg), parts, strict=True):
-            state_dict[key] = np.ascontiguousarray(part.T if row.transposed else part)
-    if cfg.tie_embeddings:
-        state_dict["out_head.weight"] = state_dict["tok_emb.weight"]
-    mask = np.triu(np.ones((cfg.context_length, cfg.context_length), np.float32), k=1)
-    return state_dict | {f"trf_blocks.{i}.att.mask": mask for i in range(cfg.n_layers)}
+            named[key] = np.ascontiguousarray(part.T if row.transposed else part)
+    return {name: named[name] for name in parameter_shapes(cfg)}
+
+
+def parameter_shapes(cfg: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each parameter of `GPTModel(cfg)`, in the order in which the module holds them (an optimizer numbers them so)."""
+    rows = table(cfg)
+    blocks = [row for row in rows if row.stacked]
+    first = [row for row in rows if row.key in ("tok_emb.weight", "pos_emb.weight")]
+    last = [row for row in rows if row not in blocks and row not in first]
+    per_layer = {row.key.format(i): row.shape for i in range(cfg.n_layers) for row in blocks}
+    return {row.key: row.shape for row in first} | per_layer | {row.key: row.shape for row in last}
+
+
+def per_layer(tree: Mapping[str, Any], cfg: GPTConfig) -> StateDict:
+    """A collection of the model (activations, dropout masks) by the reference's names: the L axis of the blocks is taken apart."""
+    named: StateDict = {}
+    for path, value in _flatten(tree):
+        name = path.replace("/", ".")
+        if name.startswith("trf_blocks."):
+            named |= {name.replace("trf_blocks.", f"trf_blocks.{i}.", 1): np.asarray(value[i]) for i in range(cfg.n_layers)}
+        else:
+            named[name] = np.asarray(value)
+    return named
+
+
+def stacked(named: Mapping[str, Any], cfg: GPTConfig) -> Params:
+    """The inverse of `per_layer`."""
+    tree: Params = {}
+    for name, value in named.items():
+        if name.startswith("trf_blocks.0."):
+            layers = [named[name.replace(".0.", f".{i}.", 1)] for i in range(cfg.n_layers)]
+            _insert(tree, name.replace(".0.", ".", 1).replace(".", "/"), np.stack(layers))
+        elif not name.startswith("trf_blocks."):
+            _insert(tree, name.replace(".", "/"), np.asarray(value))
+    return tree
 
 
 def _keys(row: Row, cfg: GPTConfig) -> list[str]:

@@ -34,6 +34,39 @@ def save_loss_plot(records: list[dict[str, Any]], path: Path, title: str) -> Non
     tokens = axes.secondary_xaxis("top", functions=(lambda s: (s + 1) * per_step, lambda t: t / per_step - 1))
     tokens.set_xlabel("tokens seen")
     tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _save(figure, path)
+
+
+def save_replay_plot(rows: list[dict[str, float]], path: Path, title: str) -> None:
+    """Losses of a recorded run and of its replay on top of each other, and below them how far apart they are, on a log scale.
+
+    Args:
+        rows: those of `flaxgpt.replay.COLUMNS`.
+        path: where to write it, as a PNG.
+        title: above the plot.
+    """
+    figure = Figure(figsize=(7, 6.5), layout="constrained")
+    curves, gaps = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+    kinds = (("batch", "batch_loss", "C7", 0.6), ("training", "train_loss", "C0", 1.0), ("validation", "val_loss", "C1", 1.0))
+    for label, column, color, alpha in kinds:
+        points = [(r["step"], r[f"reference/{column}"], r[f"flaxgpt/{column}"]) for r in rows if f"reference/{column}" in r]
+        steps, reference, ours = zip(*points, strict=True)
+        curves.plot(steps, reference, "-", color=color, alpha=alpha, label=f"{label}, reference")
+        curves.plot(
+            steps, ours, "x" if label != "batch" else ":", color="k" if label != "batch" else color, markersize=5, label=f"{label}, flaxgpt"
+        )
+        apart = [max(abs(a - b), 1e-17) for _, a, b in points]  # a difference of 0 has no place on a log scale
+        gaps.semilogy(steps, apart, ".-", color=color, alpha=alpha, label=label)
+    curves.set(ylabel="loss (nats per token)", title=title)
+    gaps.set(xlabel="update", ylabel="|difference|")
+    gaps.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (curves, gaps):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     scratch = path.with_name(f".{path.name}.writing")
     figure.savefig(scratch, format="png", dpi=130)
     os.replace(scratch, path)

@@ -60,6 +60,13 @@ def read_text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_name(f".{path.name}.writing")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
 class Run:
     """A run in progress: a context manager that writes the folder, prints progress and notices Ctrl-C.
 
@@ -196,9 +203,7 @@ class Run:
         self._write(METRICS_CSV, text.getvalue())
 
     def _write(self, name: str, text: str) -> None:
-        scratch = self.folder / f".{name}.writing"
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, self.folder / name)
+        write_text(self.folder / name, text)
 
     def _interrupt(self, number: int, frame: object) -> None:
         self.stopped_by = number

@@ -28,6 +28,11 @@ def sample(logits_BV: jax.Array, key: jax.Array | None, temperature: float = 1.0
     return jax.random.categorical(key, keep_top_k(logits_BV, top_k) / temperature).astype(jnp.int32)
 
 
+def gumbel_noise(key: jax.Array, t: int, shape_BV: tuple[int, int]) -> jax.Array:
+    """What `generate` adds to the processed logits of new token t (from 0) before it takes the largest: a draw, by the Gumbel-max trick."""
+    return jax.random.gumbel(jax.random.fold_in(key, t), shape_BV)
+
+
 def keep_top_k(logits_BV: jax.Array, top_k: int | None) -> jax.Array:
     """The logits with those below the k-th largest of their row set to -inf; ties with it stay."""
     if top_k is None:

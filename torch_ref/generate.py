@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from torch_ref.model import GPTModel
@@ -21,6 +24,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     eos_id: int | None = None,
+    noise: Callable[[int], Any] | None = None,
 ) -> torch.Tensor:
     """Continue each row of token ids.
 
@@ -32,17 +36,21 @@ def generate(
         temperature: divides the logits; 0 is greedy.
         top_k: draw among the k largest logits, ties with the k-th included; more than V means all.
         eos_id: a row that has produced this token is filled with it; generation stops when all rows have.
+        noise: Gumbel noise of new token t, (B, V), to draw with in place of torch's generator: the largest of logits plus
+            noise is a draw from the softmax. So draws of another implementation can be replayed.
 
     Returns:
         (B, T + max_new_tokens), or fewer columns if every row ended before.
     """
     ended_B = torch.zeros(idx.shape[0], dtype=torch.bool, device=idx.device)
-    for _ in range(max_new_tokens):
+    for t in range(max_new_tokens):
         logits_BV = model(idx[:, -context_size:])[:, -1]
         if top_k is not None:
             kth_B1 = torch.topk(logits_BV, min(top_k, logits_BV.shape[-1])).values[:, -1:]
             logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
-        if temperature > 0:
+        if temperature > 0 and noise is not None:
+            next_B = (logits_BV / temperature + torch.tensor(noise(t))).argmax(dim=-1)
+        elif temperature > 0:
             next_B = torch.multinomial(torch.softmax(logits_BV / temperature, dim=-1), num_samples=1)[:, 0]
         else:
             next_B = logits_BV.argmax(dim=-1)

@@ -43,19 +43,8 @@ def train(run: Run, corpus: Corpus) -> GPTModel:
     step = 0
     for _epoch in itertools.count():
         for batch in train_loader:
-            model.train()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, cfg)
-            optimizer.zero_grad()
-            loss = 0.0
-            for weight, inputs_BT, targets_BT in microbatches(batch, cfg.microbatch_size):
-                part = weight * calc_loss_batch(model, inputs_BT, targets_BT)
-                part.backward()
-                loss += part.item()
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm or math.inf)
-            optimizer.step()
-
-            run.step(step, loss, grad_norm.item(), learning_rate(step, cfg))
+            loss, grad_norm = update(model, optimizer, batch, step, cfg)
+            run.step(step, loss, grad_norm, learning_rate(step, cfg))
             last = step == cfg.max_steps - 1 or run.stopped_by is not None
             if last or step % cfg.eval_every == 0:
                 train_loss, val_loss = evaluate_model(model, train_loader, val_loader, cfg)
@@ -67,6 +56,32 @@ def train(run: Run, corpus: Corpus) -> GPTModel:
                 return model
             step += 1
     raise AssertionError("unreachable: the loop ends by returning")
+
+
+def update(model: GPTModel, optimizer: torch.optim.AdamW, batch: Batch, step: int, cfg: TrainConfig) -> tuple[float, float]:
+    """Update the model in place; returns the batch's loss, nats per token, and its gradient's norm before clipping."""
+    model.train()
+    optimizer.zero_grad()
+    loss = 0.0
+    for weight, inputs_BT, targets_BT in microbatches(batch, cfg.microbatch_size):
+        part = weight * calc_loss_batch(model, inputs_BT, targets_BT)
+        part.backward()
+        loss += part.item()
+    grad_norm = clip_gradients_(model, cfg)
+    apply_gradients_(optimizer, step, cfg)
+    return loss, grad_norm
+
+
+def clip_gradients_(model: GPTModel, cfg: TrainConfig) -> float:
+    """Scale the gradients to the config's largest global norm, if they exceed it; returns the norm they had."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm or math.inf).item()
+
+
+def apply_gradients_(optimizer: torch.optim.AdamW, step: int, cfg: TrainConfig) -> None:
+    """Let the optimizer make update `step`, counted from 0, at the schedule's rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, cfg)
+    optimizer.step()
 
 
 def calc_loss_batch(model: GPTModel, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,119 @@
+"""A whole training state, carried between Optax and torch.optim.AdamW: parameters, both moments and the number of updates.
+
+The optimizer's state_dict here is the one of `torch_ref.train.make_optimizer(model, cfg)`, with NumPy arrays for tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flaxgpt.config import TrainConfig
+from flaxgpt.convert import from_torch, named_parameters, parameter_shapes, shape_faults, to_torch
+from flaxgpt.errors import InputError
+from flaxgpt.optim import make_optimizer
+from flaxgpt.parity import check_finite
+from flaxgpt.state import TrainState, init_state
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def state_from_torch(state_dict: Mapping[str, Any], optimizer_state: Mapping[str, Any], cfg: TrainConfig) -> TrainState:
+    """The training state that goes on where a run of the reference stopped.
+
+    Args:
+        state_dict: of the model.
+        optimizer_state: `optimizer.state_dict()`; of an optimizer that has made no update yet as well.
+        cfg: the run; its seed makes the key of what is drawn from here on.
+
+    Returns:
+        A state on the default device, float32 throughout, to be given to a train step of `make_optimizer(cfg)`.
+
+    Raises:
+        InputError: naming every key, shape and option of either that is not of this config, or a value that is not finite.
+    """
+    step, moments = _moments(optimizer_state, cfg)
+    params = from_torch(state_dict, cfg.model)
+    check_finite(named_parameters(params, cfg.model), "the parameters")
+    mu, nu = (from_torch(moments[part], cfg.model) for part in _MOMENTS)
+    tx = make_optimizer(cfg)
+    opt_state = optax.tree.set(tx.init(params), mu=mu, nu=nu, count=jnp.int32(step))
+    key = jax.jit(lambda: init_state(cfg, tx).key)()
+    return jax.tree.map(jnp.asarray, TrainState(jnp.int32(step), params, opt_state, key))
+
+
+def state_to_torch(state: TrainState, cfg: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The inverse of `state_from_torch`: a model's and an optimizer's state_dict, which load into the reference's, strictly.
+
+    The rate in the optimizer's groups is the peak rate: the reference's loop sets that of the schedule before every update.
+    """
+    adam = next(part for part in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(part))
+    moments = [named_parameters(jax.device_get(tree), cfg.model) for tree in (adam.mu, adam.nu)]
+    step, groups = np.array(state.step, np.float32), _groups(cfg)
+    entries = {
+        i: {"step": step.copy(), **{part: named[name] for part, named in zip(_MOMENTS, moments, strict=True)}}
+        for i, name in enumerate(itertools.chain.from_iterable(names for names, _ in groups))
+    }
+    return to_torch(jax.device_get(state.params), cfg.model), {"state": entries, "param_groups": _param_groups(cfg)}
+
+
+def _moments(optimizer_state: Mapping[str, Any], cfg: TrainConfig) -> tuple[int, dict[str, dict[str, np.ndarray]]]:
+    """The number of updates made and both moments by the names of the parameters, everything checked."""
+    wanted, found = _param_groups(cfg), optimizer_state["param_groups"]
+    if [len(group["params"]) for group in found] != [len(group["params"]) for group in wanted]:
+        sizes = [[len(group["params"]) for group in groups] for groups in (found, wanted)]
+        raise InputError(f"the optimizer's state is of another model or decay: its groups hold {sizes[0]} parameters, expected {sizes[1]}")
+    faults = [
+        f"{option} is {group.get(option)} in group {i}, {ours[option]} in the config"
+        for i, (group, ours) in enumerate(zip(found, wanted, strict=True))
+        for option in ("betas", "eps", "weight_decay", "amsgrad", "maximize")
+        if not _same(group.get(option), ours[option])
+    ]
+    names = list(itertools.chain.from_iterable(names for names, _ in _groups(cfg)))
+    shapes, state = parameter_shapes(cfg.model), optimizer_state["state"]
+    if not state:  # as an optimizer has it before its first update
+        state = {i: {"step": 0.0, **{part: np.zeros(shapes[name], np.float32) for part in _MOMENTS}} for i, name in enumerate(names)}
+    moments = {part: {name: np.asarray(state[i][part]) for i, name in enumerate(names) if part in state.get(i, ())} for part in _MOMENTS}
+    for part, named in moments.items():
+        faults += [f"{part}: {fault}" for fault in shape_faults({name: array.shape for name, array in named.items()}, shapes)]
+    steps = {int(entry["step"]) for entry in state.values()}
+    if len(steps) > 1:
+        faults.append(f"its parameters have made different numbers of updates: {sorted(steps)}")
+    if faults:
+        raise InputError("the optimizer's state does not fit the config: " + "; ".join(faults))
+    for part, named in moments.items():
+        check_finite(named, f"the optimizer's moments {part}")
+    return steps.pop(), moments
+
+
+def _groups(cfg: TrainConfig) -> list[tuple[list[str], float]]:
+    """Names and decay of the optimizer's groups, in its order."""
+    shapes = parameter_shapes(cfg.model)
+    decays = [name for name, shape in shapes.items() if cfg.decay == "all" or len(shape) >= 2]
+    rest = [name for name in shapes if name not in decays]
+    return [(names, decay) for names, decay in ((decays, cfg.weight_decay), (rest, 0.0)) if names]
+
+
+def _param_groups(cfg: TrainConfig) -> list[dict[str, Any]]:
+    """As torch 2.13 writes them."""
+    options = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps, "weight_decay": None, "amsgrad": False}
+    options |= {"maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None}
+    options |= {"decoupled_weight_decay": True}
+    numbers, groups = itertools.count(), []
+    for names, decay in _groups(cfg):
+        groups.append(options | {"weight_decay": decay, "params": [next(numbers) for _ in names]})
+    return groups
+
+
+def _is_adam(part: Any) -> bool:
+    return isinstance(part, optax.ScaleByAdamState)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return tuple(a) == tuple(b) if isinstance(b, tuple) and a is not None else a == b

@@ -1,0 +1,180 @@
+"""Comparing what two implementations computed: named arrays in, relative differences and verdicts out. Imports no framework.
+
+A side records what it computes as arrays by the reference's names (`flaxgpt.record`, `torch_ref.record`). Two records can be
+compared whatever they come from: two frameworks, two versions of one model, two devices.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from flaxgpt.errors import InputError
+
+Tensors = dict[str, np.ndarray]
+"""Arrays by name, in the order in which they are computed."""
+
+
+class Bounds(NamedTuple):
+    """What a rung's largest relative difference was measured to be, and what it may be: at most ten times that."""
+
+    float32: float
+    measured32: float
+    float64: float
+    measured64: float
+
+
+BOUNDS: dict[str, Bounds] = collections.defaultdict(lambda: Bounds(0.9, 1, 9e9, 1))
+
+_BLOCK_TAPS = (
+    *("norm1.out", "att.query", "att.key", "att.value", "att.weights", "att.context", "att.out", "shortcut1"),
+    *("norm2.out", "ff.hidden", "ff.out", "shortcut2"),
+)
+
+
+def tap_names(n_layers: int) -> list[str]:
+    """The activations that both sides record, in the order of the forward pass."""
+    blocks = [f"trf_blocks.{i}.{name}" for i in range(n_layers) for name in _BLOCK_TAPS]
+    return ["embedding", *blocks, "final_norm.out", "logits"]
+
+
+def bfloat16_error(float32_error: float) -> float:
+    """The error to expect in bfloat16, from the error in float32 against float64.
+
+    bfloat16 has 8 bits of significand and float32 has 24, so each rounding is 2**16 times as large, and to first order so is what they
+    add up to. A float32 error below one rounding, 2**-24, is luck, and counts as one.
+    """
+    return 2.0**16 * max(float32_error, 2.0**-24)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor on both sides. Each figure is a relative norm; None where it was not computed."""
+
+    name: str
+    difference: float | None
+    """flaxgpt against the reference, in the precision under test."""
+    ours: float | None = None
+    """flaxgpt's own error: against the truth, the reference in float64."""
+    theirs: float | None = None
+    """The reference's own error, against the same."""
+    exact: float | None = None
+    """flaxgpt in float64 against the truth: what is left when rounding is all but gone."""
+    bound: float = 0.0
+    """Of `difference`."""
+    exact_bound: float = 0.0
+    """Of `exact`."""
+
+    @property
+    def passed(self) -> bool:
+        """Both differences are within their bounds (nan never is)."""
+        pairs = ((self.difference, self.bound), (self.exact, self.exact_bound))
+        return all(value is None or value <= bound for value, bound in pairs)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A rung of the ladder, climbed."""
+
+    rung: str
+    rows: tuple[Row, ...]
+    seconds: float = 0.0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        """Every tensor is within its bounds."""
+        return all(row.passed for row in self.rows)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """The rows that are not, in the order of computation: the first is where the sides part."""
+        return tuple(row for row in self.rows if not row.passed)
+
+    def worst(self, column: str = "difference") -> Row:
+        """The row with the largest figure in a column; one with nan before all others."""
+        return max(self.rows, key=lambda row: _nan_is_largest(getattr(row, column)))
+
+
+class Update(NamedTuple):
+    """One update of a recorded run, with all that another implementation needs to repeat it."""
+
+    step: int
+    batch: tuple[np.ndarray, np.ndarray]
+    masks: Tensors
+    """What dropout kept, by the names of the reference's dropout modules."""
+    loss: float
+    grad_norm: float
+    evaluation: Evaluation | None
+    sample: list[int] | None
+    """Token ids, prompt included, decoded greedily after this update."""
+
+
+class Evaluation(NamedTuple):
+    """Losses after an update, dropout off, and the batches they are means over."""
+
+    train_batches: list[tuple[np.ndarray, np.ndarray]]
+    val_batches: list[tuple[np.ndarray, np.ndarray]]
+    train_loss: float
+    val_loss: float
+
+
+def relative(a: np.ndarray, b: np.ndarray, scale: float | None = None) -> float:
+    """||a - b|| / ||b||, or / scale, in float64. 0 for equal arrays, inf if only b is zero, nan if either has one."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"shapes differ: {a.shape} and {b.shape}")
+    distance = float(np.linalg.norm((a - b).ravel()))
+    if distance == 0:
+        return 0.0
+    size = float(np.linalg.norm(b.ravel())) if scale is None else scale
+    return distance / size if size else float("inf")
+
+
+def compare(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], scales: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Relative difference of each tensor of two records, in the order of b.
+
+    Args:
+        a: arrays by name.
+        b: what they are measured against.
+        scales: what to divide by, for names where that is not ||b||.
+
+    Raises:
+        InputError: the records hold other names or shapes than each other.
+    """
+    faults = [f"{name} is only in one of them" for name in sorted(set(a) ^ set(b))]
+    faults += [f"{name} is {a[name].shape} and {b[name].shape}" for name in b if name in a and a[name].shape != b[name].shape]
+    if faults:
+        raise InputError("the two records can't be compared: " + "; ".join(faults))
+    return {name: relative(a[name], b[name], (scales or {}).get(name)) for name in b}
+
+
+def first_parting(results: Iterable[Result]) -> dict[str, str | None]:
+    """The first tensor of the forward pass, and the first of the backward pass, at which the two sides part; None where they don't."""
+    failed = {result.rung: [row.name for row in result.failures] for result in results}
+    backward = [*failed.get("loss", []), *failed.get("backward", []), *failed.get("gradients", [])]
+    return {"forward": next(iter(failed.get("activations", [])), None), "backward": next(iter(backward), None)}
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], what: str) -> None:
+    """Refuse arrays with nan or inf.
+
+    Raises:
+        InputError: naming the first tensor that has one, and where in it.
+    """
+    bad = {name: ~np.isfinite(array) for name, array in tensors.items() if not np.isfinite(array).all()}
+    if bad:
+        name, where = next(iter(bad.items()))
+        place = tuple(int(i) for i in np.argwhere(where)[0])
+        value = tensors[name][place]
+        raise InputError(f"{what} are not finite: {len(bad)} of {len(tensors)} tensors, the first {name} with {value} at {list(place)}")
+
+
+def _nan_is_largest(value: float | None) -> float:
+    if value is None:
+        return -1.0
+    return float("inf") if np.isnan(value) else value

@@ -1,0 +1,136 @@
+"""Repeating a recorded training run, update by update, with its batches and dropout masks, and comparing the two."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from flaxgpt import record
+from flaxgpt.config import TrainConfig
+from flaxgpt.generate import generate
+from flaxgpt.model import GPT
+from flaxgpt.parity import Tensors, Update
+from flaxgpt.plots import save_replay_plot
+from flaxgpt.run import CONFIG, write_text
+from flaxgpt.tokenizer import Tokenizer
+from flaxgpt.train import make_eval_step
+
+COLUMNS = (
+    *("step", "reference/batch_loss", "flaxgpt/batch_loss", "reference/grad_norm", "flaxgpt/grad_norm"),
+    *("reference/train_loss", "flaxgpt/train_loss", "reference/val_loss", "flaxgpt/val_loss"),
+)
+"""Of replay.csv; the losses of the splits are there where there was an evaluation."""
+
+
+class Repeated(NamedTuple):
+    """What an update of the recording came to here, next to what it was."""
+
+    update: Update
+    loss: float
+    grad_norm: float
+    train_loss: float | None
+    val_loss: float | None
+    sample: list[int] | None
+
+
+def replay(cfg: TrainConfig, weights: Tensors, updates: Iterable[Update], dtype: str = "float32") -> Iterator[Repeated]:
+    """Train from the recording's weights on its batches, with its masks; evaluate on its batches and sample where it did.
+
+    Holds one state and one update at a time.
+
+    Args:
+        cfg: the run that was recorded.
+        weights: its initial weights, by the names of the reference's parameters.
+        updates: its updates, in order.
+        dtype: "float32" or "float64".
+    """
+    with record.precision(dtype):
+        state = record.initial_state(cfg, weights, dtype)
+        eval_step = jax.jit(make_eval_step(GPT(cfg.model.replace(dtype=dtype))))
+    for update in updates:
+        with record.precision(dtype):
+            state, metrics = record.train_step(state, update.batch, update.masks, cfg, dtype)
+            losses: list[float | None] = [None, None]
+            if update.evaluation:
+                splits = update.evaluation.train_batches, update.evaluation.val_batches
+                losses = [float(np.mean([eval_step(state.params, batch) for batch in batches])) for batches in splits]
+            sample = None
+            if update.sample is not None:
+                prompt_BT = np.array([update.sample[: len(update.sample) - cfg.sample_tokens]])
+                sample = generate(state.params, cfg.model.replace(dtype=dtype), prompt_BT, cfg.sample_tokens)[0].tolist()
+            yield Repeated(update, float(metrics["loss"]), float(metrics["grad_norm"]), *losses, sample)
+
+
+class Comparison:
+    """Puts the two runs next to each other: on the terminal, and in a folder with replay.csv, replay.png and samples.txt."""
+
+    def __init__(self, folder: Path, cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+        self._folder, self._cfg, self._tokenizer = folder, cfg, tokenizer
+        self._rows: list[dict[str, float]] = []
+        self._samples: list[tuple[int, bool]] = []
+        self._text = ""
+
+    def add(self, repeated: Repeated) -> None:
+        """The next update; the files are written anew at each evaluation."""
+        update = repeated.update
+        pairs = {"batch_loss": (update.loss, repeated.loss), "grad_norm": (update.grad_norm, repeated.grad_norm)}
+        if update.evaluation:
+            pairs["train_loss"] = update.evaluation.train_loss, repeated.train_loss
+            pairs["val_loss"] = update.evaluation.val_loss, repeated.val_loss
+        values = {f"{side}/{name}": pair[i] for name, pair in pairs.items() for i, side in enumerate(("reference", "flaxgpt"))}
+        self._rows.append({"step": update.step, **values})
+        if update.sample is not None:
+            equal = update.sample == repeated.sample
+            self._samples.append((update.step, equal))
+            for side, ids in (("reference", update.sample), ("flaxgpt", repeated.sample)):
+                self._text += f"--- after update {update.step}, {side} ---\n{self._tokenizer.decode(ids)}\n\n"
+            print(f"after update {update.step}: the samples are {'equal' if equal else 'not equal'}", flush=True)
+        if update.evaluation:
+            self._print(self._rows[-1])
+            self._write()
+
+    def summary(self, limit: float) -> float:
+        """Prints how the runs compare; returns the largest difference of a loss at an evaluation."""
+        evaluated = [(row["step"], _differences(row)) for row in self._rows if "reference/val_loss" in row]
+        worst = max(max(pair) for _, pair in evaluated)
+        parted = next((f"from step {step} on" for step, pair in evaluated if round(max(pair), 3) > 0), "nowhere")
+        batches = [(row["step"], abs(row["flaxgpt/batch_loss"] - row["reference/batch_loss"])) for row in self._rows]
+        shows = next((f"from update {step} on" for step, difference in batches if difference > 1e-5), "nowhere")
+        equal = sum(same for _, same in self._samples)
+        print(
+            f"evaluations:  {len(evaluated)}, the largest difference {worst:.1e} (allowed: {limit:g}), seen in the third decimal {parted}"
+        )
+        print(f"batch losses: differ by more than 1e-5 {shows}")
+        print(f"samples:      {equal} of {len(self._samples)} equal")
+        print(f"files:        {self._folder}/: replay.csv, replay.png, samples.txt")
+        return worst
+
+    def _print(self, row: dict[str, float]) -> None:
+        if len(self._rows) == 1:
+            print(f"{'step':>5}  {'reference train / val':>22}  {'flaxgpt train / val':>22}  {'difference train / val':>23}")
+        train, val = _differences(row)
+        sides = (f"{row[f'{side}/train_loss']:.4f} / {row[f'{side}/val_loss']:.4f}" for side in ("reference", "flaxgpt"))
+        print(f"{row['step']:>5}  {next(sides):>22}  {next(sides):>22}  {f'{train:.1e} / {val:.1e}':>23}", flush=True)
+
+    def _write(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_text(self._folder / CONFIG, json.dumps(self._cfg.to_dict(), indent=2) + "\n")
+        write_text(self._folder / "replay.csv", text.getvalue())
+        write_text(self._folder / "samples.txt", self._text)
+        save_replay_plot(self._rows, self._folder / "replay.png", self._folder.name)
+
+
+def _differences(row: dict[str, float]) -> tuple[float, float]:
+    train, val = (abs(row[f"flaxgpt/{split}_loss"] - row[f"reference/{split}_loss"]) for split in ("train", "val"))
+    return train, val

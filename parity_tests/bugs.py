@@ -1,0 +1,183 @@
+"""A catalogue of bugs to plant, one line each in the source of either side, and the rung of the ladder that must catch each."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.machinery
+import sys
+from collections.abc import Iterator
+from importlib.util import spec_from_file_location
+from typing import Any, NamedTuple
+
+
+class Bug(NamedTuple):
+    """A line of source and what it is changed to."""
+
+    name: str
+    rung: str
+    module: str
+    old: str
+    new: str
+
+    @property
+    def side(self) -> str:
+        return self.module.split(".")[0]
+
+
+@contextlib.contextmanager
+def planted(bug: Bug) -> Iterator[Any]:
+    """The `record` module of the bug's side, imported afresh from sources with that one line changed."""
+    saved = {name: module for name, module in sys.modules.items() if name.split(".")[0] == bug.side and name not in _KEPT}
+    finder = _Finder(bug, saved[bug.module].__file__)
+    for name in saved:
+        del sys.modules[name]
+    sys.meta_path.insert(0, finder)
+    try:
+        yield importlib.import_module(f"{bug.side}.record")
+    finally:
+        sys.meta_path.remove(finder)
+        sys.modules.update(saved)
+
+
+_KEPT = ("flaxgpt.config", "flaxgpt.errors")
+"""Whose classes the problem is made of."""
+
+
+class _Finder:
+    """Finds the module of the bug before anybody else does."""
+
+    def __init__(self, bug: Bug, path: str) -> None:
+        self.bug, self.path = bug, path
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        return spec_from_file_location(name, self.path, loader=_Loader(self.bug, self.path)) if name == self.bug.module else None
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def __init__(self, bug: Bug, path: str) -> None:
+        super().__init__(bug.module, path)
+        self.bug = bug
+
+    def get_code(self, name: str) -> Any:
+        source = self.get_source(name)
+        assert source.count(self.bug.old) == 1, (
+            f"{self.bug.module} has changed: adapt the bug {self.bug.name!r}, its line is not there once"
+        )
+        return compile(source.replace(self.bug.old, self.bug.new), self.path, "exec")
+
+
+_FLAX, _TORCH, _OPTIM, _TRAIN = "flaxgpt.model", "torch_ref.model", "flaxgpt.optim", "torch_ref.train"
+_CAUSAL = "jnp.tril(jnp.ones((T, T), bool))"
+_PROJECTION = "return self.out_proj(context_BTNH.reshape(B, T, D))"
+_OTHER_PROJECTION = """x_BTD = context_BTNH.reshape(B, T, D)
+        return 0 * self.out_proj(x_BTD) + x_BTD @ self.out_proj.weight + self.out_proj.bias"""
+_CHAIN = "return optax.chain(clip, adamw)"
+_L2 = """adam = optax.adam(make_schedule(cfg), cfg.beta1, cfg.beta2, cfg.eps)
+    return optax.chain(clip, optax.chain(optax.add_decayed_weights(cfg.weight_decay, decay_mask), *[adam]))"""
+_UNCORRECTED = """def late(grads, state, params):
+        return adamw.update(grads, (state[0]._replace(count=state[0].count + 10**6), *state[1:]), params)
+
+    return optax.chain(clip, optax.GradientTransformation(adamw.init, late))"""
+_CLIP = "return torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm or math.inf).item()"
+_CLIP_VALUE = """norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    torch.nn.utils.clip_grad_value_(model.parameters(), cfg.clip_norm)
+    return norm"""
+_RATE = """learning_rate(step, cfg)
+    optimizer.step()"""
+_BLOCK = "x_BTD = x_BTD + self.drop_shortcut1"
+_ABOVE = "logits_BV < kth_B1"
+_ABOVE_TORCH = "logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)"
+
+BUGS = (
+    Bug("layer norm with eps 1e-6", "activations", _FLAX, "variance + 1e-5", "variance + 1e-6"),
+    Bug("layer norm with eps 1e-6", "activations", _TORCH, "variance + 1e-5", "variance + 1e-6"),
+    Bug("unbiased variance", "activations", _FLAX, "x_wide.var(-1, keepdims=True)", "x_wide.var(-1, keepdims=True, ddof=1)"),
+    Bug("unbiased variance", "activations", _TORCH, "unbiased=False", "unbiased=True"),
+    Bug("erf GELU", "activations", _FLAX, "approximate=True", "approximate=False"),
+    Bug("erf GELU", "activations", _TORCH, "return 0.5 * x * (1 + torch.tanh(", "return nn.functional.gelu(x) + 0 * (torch.tanh("),
+    Bug("no 1/sqrt(head size)", "activations", _FLAX, "scores_BNTS * H**-0.5", "scores_BNTS"),
+    Bug("no 1/sqrt(head size)", "activations", _TORCH, "scores_BNTS / H**0.5", "scores_BNTS"),
+    Bug("scores scaled by D, not H", "activations", _FLAX, "scores_BNTS * H**-0.5", "scores_BNTS * D**-0.5"),
+    Bug("scores scaled by D, not H", "activations", _TORCH, "scores_BNTS / H**0.5", "scores_BNTS / D**0.5"),
+    Bug(
+        "heads split in the wrong order",
+        "activations",
+        _FLAX,
+        "W_value(x_BTD)).reshape(B, T, N, H)",
+        "W_value(x_BTD)).reshape(B, T, H, N).mT",
+    ),
+    Bug(
+        "heads split in the wrong order",
+        "activations",
+        _TORCH,
+        ".view(B, T, N, H).transpose(1, 2)",
+        ".view(B, T, H, N).permute(0, 3, 1, 2)",
+    ),
+    Bug(
+        "transposed output projection",
+        "activations",
+        "flaxgpt.convert",
+        '.endswith("kernel")',
+        '.endswith("kernel") and "proj" not in self.path',
+    ),
+    Bug("transposed output projection", "activations", _TORCH, _PROJECTION, _OTHER_PROJECTION),
+    Bug("attention that is not causal", "activations", _FLAX, _CAUSAL, "jnp.ones((T, T), bool)"),
+    Bug("attention that is not causal", "activations", _TORCH, "self.mask.bool()[:T, :T]", "torch.zeros(T, T).bool()"),
+    Bug("causal mask off by one", "activations", _FLAX, _CAUSAL, "jnp.tril(jnp.ones((T, T), bool), k=1)"),
+    Bug("causal mask off by one", "activations", _TORCH, "diagonal=1)", "diagonal=2)"),
+    Bug("positions off by one", "activations", _FLAX, "self.pos_emb(jnp.arange(T))", "self.pos_emb(jnp.arange(1, T + 1) % T)"),
+    Bug("positions off by one", "activations", _TORCH, "torch.arange(T, device=tokens_BT.device)", "torch.arange(1, T + 1) % T"),
+    Bug("head tied when it should not be", "activations", _FLAX, "self.out_head if not self.cfg.tie_embeddings else", ""),
+    Bug("head tied when it should not be", "activations", _TORCH, "if cfg.tie_embeddings:", "if True:"),
+    Bug("loss a mean over the wrong count", "loss", "flaxgpt.loss", ").mean()", ").sum() / (targets_BT.size - 1)"),
+    Bug(
+        "loss a mean over the wrong count",
+        "loss",
+        _TRAIN,
+        "targets_BT.flatten())",
+        "targets_BT.flatten()) * targets_BT.numel() / (targets_BT.numel() - 1)",
+    ),
+    Bug(
+        "half the gradient of the queries",
+        "gradients",
+        _FLAX,
+        "self.W_query(x_BTD))",
+        "self.W_query((x_BTD + jax.lax.stop_gradient(x_BTD)) / 2))",
+    ),
+    Bug("half the gradient of the queries", "gradients", _TORCH, "q_BNTH @", "(q_BNTH + q_BNTH.detach()) / 2 @"),
+    Bug("clipping by value", "clipping", _OPTIM, "lambda g: g * scale.astype(g.dtype)", "lambda g: jnp.clip(g, -limit, limit)"),
+    Bug("clipping by value", "clipping", _TRAIN, _CLIP, _CLIP_VALUE),
+    Bug("decay applied to nothing", "adamw", _OPTIM, "weight_decay=cfg.weight_decay", "weight_decay=0.0"),
+    Bug("decay applied to nothing", "adamw", _TRAIN, '"weight_decay": cfg.weight_decay}', '"weight_decay": 0.0}'),
+    Bug("decay coupled (L2)", "adamw", _OPTIM, _CHAIN, _L2),
+    Bug("decay coupled (L2)", "adamw", _TRAIN, "return torch.optim.AdamW(", "return torch.optim.Adam("),
+    Bug("decay of biases and norms too", "adamw", _OPTIM, 'path[-1].key in ("kernel", "embedding")', "True"),
+    Bug("decay of biases and norms too", "adamw", _TRAIN, "parameter.ndim >= 2", "True"),
+    Bug("eps inside the square root", "adamw", _OPTIM, "cfg.beta2, cfg.eps, weight_decay", "cfg.beta2, 0.0, cfg.eps, weight_decay"),
+    Bug("no bias correction", "adamw", _OPTIM, _CHAIN, _UNCORRECTED),
+    Bug("schedule off by one", "adamw", _OPTIM, "schedule(1.0 * step)", "schedule(1.0 * step + 1)"),
+    Bug("schedule off by one", "adamw", _TRAIN, _RATE, _RATE.replace("step,", "step + 1,")),
+    Bug("microbatches summed, not averaged", "accumulation", "flaxgpt.train", "x / grad_accum_steps, total", "x, total"),
+    Bug("microbatches summed, not averaged", "accumulation", _TRAIN, "(len(inputs) / len(inputs_BT),", "(1.0,"),
+    Bug("gradients of the last update kept", "training", _TRAIN, "    optimizer.zero_grad()\n", ""),
+    Bug("dropout without rescaling", "dropout", _FLAX, "x / (1 - self.rate)", "x"),
+    Bug(
+        "dropout without rescaling",
+        "dropout",
+        _TORCH,
+        "self.drop_emb(x_BTD)",
+        "self.drop_emb(x_BTD) * (1 - self.training * self.cfg.drop_rate)",
+    ),
+    Bug("dropout mask reused across layers", "dropout", _FLAX, '"dropout": True}', '"dropout": False}'),
+    Bug("dropout mask reused across layers", "dropout", _TORCH, _BLOCK, f"torch.manual_seed(0)\n        {_BLOCK}"),
+    Bug("top-k that drops ties", "generation", "flaxgpt.sampling", _ABOVE, "jnp.argsort(jnp.argsort(-logits_BV)) >= top_k"),
+    Bug(
+        "top-k that drops ties",
+        "generation",
+        "torch_ref.generate",
+        _ABOVE_TORCH,
+        "torch.where((-logits_BV).argsort().argsort() < top_k, logits_BV, -torch.inf)",
+    ),
+)
+"""Each is planted alone. A bug inside torch.optim has no line here to change, so only flaxgpt has it."""

@@ -1,0 +1,221 @@
+"""What the reference computes, as NumPy arrays by its own names. `flaxgpt/record.py` has the same functions.
+
+Each takes the weights as a state_dict of NumPy arrays, and a precision: "float32", "float64" or "bfloat16" (autocast).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from flaxgpt.config import GPTConfig, TrainConfig
+from flaxgpt.parity import Tensors, tap_names
+from torch_ref import generate as generation
+from torch_ref.model import GPTModel
+from torch_ref.train import apply_gradients_, calc_loss_batch, clip_gradients_, make_optimizer, update
+
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[str, Tensors]:
+    """One forward and backward pass without dropout.
+
+    Returns:
+        "activations" and "backward" (the gradient of the loss with respect to each of them, the last one first),
+        "loss", and "gradients" of all parameters.
+    """
+    model = build(cfg, weights, dtype).eval()
+    with tapped(model) as taps, _autocast(dtype):
+        loss = calc_loss_batch(model, *map(torch.from_numpy, batch))
+    for x in taps.values():
+        x.retain_grad()
+    loss.backward()
+    names = tap_names(cfg.n_layers)
+    return {
+        "activations": {name: _numpy(taps[name]) for name in names},
+        "loss": {"loss": _numpy(loss)},
+        "backward": {name: _gradient(taps[name]) for name in reversed(names)},
+        "gradients": {name: _gradient(p) for name, p in model.named_parameters()},
+    }
+
+
+def clip(gradients: Tensors, cfg: TrainConfig, dtype: str) -> Tensors:
+    """The gradients clipped to the config's `clip_norm`, and the "norm" they had."""
+    model = build(cfg.model, gradients, dtype)
+    _set_gradients(model, gradients)
+    norm = clip_gradients_(model, cfg)
+    return {"norm": np.array(norm), **{name: _numpy(p.grad) for name, p in model.named_parameters()}}
+
+
+def adamw(cfg: TrainConfig, weights: Tensors, gradients: Tensors, moments: Mapping[str, Tensors], step: int, dtype: str) -> Tensors:
+    """Parameters and moments after update `step` (from 0), made from these gradients, weights and moments."""
+    model = build(cfg.model, weights, dtype)
+    optimizer = make_optimizer(model, cfg)
+    _set_gradients(model, gradients)
+    for name, parameter in model.named_parameters():
+        parts = {part: torch.tensor(values[name], dtype=parameter.dtype) for part, values in moments.items()}
+        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **parts}
+    apply_gradients_(optimizer, step, cfg)
+    return _after(model, optimizer)
+
+
+def train(
+    cfg: TrainConfig, weights: Tensors, batches: Sequence[Batch], dtype: str, masks: Sequence[Tensors] | None = None
+) -> tuple[Tensors, list[Tensors]]:
+    """Train on these batches, one an update, from these weights.
+
+    Args:
+        cfg: the run; its dropout is on if its rate is above 0.
+        weights: to begin with.
+        batches: one for each update.
+        dtype: the precision.
+        masks: what dropout keeps, for each update; None: torch draws, from `cfg.seed`.
+
+    Returns:
+        Losses and gradient norms of all updates, and the parameters and moments after the last; and the masks that were used.
+    """
+    model = build(cfg.model, weights, dtype)
+    optimizer = make_optimizer(model, cfg)
+    values, used = [], []
+    with torch.random.fork_rng(), _autocast(dtype):
+        torch.manual_seed(cfg.seed)
+        for step, batch in enumerate(batches):
+            with recorded_masks(model) if masks is None else replayed_masks(model, masks[step]) as kept:
+                values.append(update(model, optimizer, tuple(map(torch.from_numpy, batch)), step, cfg))
+            used.append(kept)
+    losses, norms = np.array(values).T
+    return {"loss": losses, "grad_norm": norms, **_after(model, optimizer)}, used
+
+
+def generate(
+    cfg: GPTConfig,
+    weights: Tensors,
+    prompt_BT: np.ndarray,
+    new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    noise: Callable[[int], np.ndarray] | None = None,
+) -> np.ndarray:
+    """Continue prompts in float32, drawing with this noise (t -> (B, V)); token ids (B, T + new_tokens)."""
+    model = build(cfg, weights, "float32").eval()
+    options = {"temperature": temperature, "top_k": top_k, "noise": noise}
+    return generation.generate(model, torch.from_numpy(prompt_BT), new_tokens, cfg.context_length, **options).numpy()
+
+
+def draw(logits_BV: np.ndarray, temperature: float, top_k: int | None, noise: Callable[[int], np.ndarray]) -> np.ndarray:
+    """One token for each row of logits, drawn with this noise of token 0."""
+    start = torch.zeros(len(logits_BV), 1, dtype=torch.int64)
+    model = lambda tokens_BT: torch.from_numpy(logits_BV)[:, None]  # noqa: E731 - a model that has these logits to say
+    return generation.generate(model, start, 1, 1, temperature=temperature, top_k=top_k, noise=noise)[:, 1].numpy()
+
+
+def build(cfg: GPTConfig, weights: Mapping[str, Any], dtype: str) -> GPTModel:
+    """A model with these weights, float64 or (also for bfloat16) float32; the global generator stays as it was."""
+    with torch.random.fork_rng():
+        model = GPTModel(cfg).to(torch.float64 if dtype == "float64" else torch.float32)
+    tied = {"out_head.weight": weights["tok_emb.weight"]} if cfg.tie_embeddings else {}
+    model.load_state_dict({name: torch.tensor(value) for name, value in {**weights, **tied}.items()})
+    return model
+
+
+@contextlib.contextmanager
+def tapped(model: GPTModel) -> Iterator[dict[str, torch.Tensor]]:
+    """Collects the activations of the forward pass made within, in place of what `GPT` sows into "taps"."""
+    taps: dict[str, torch.Tensor] = {}
+
+    def output(name: str) -> Callable[..., None]:
+        return lambda module, args, result: taps.__setitem__(name, result)
+
+    def argument(name: str) -> Callable[..., None]:
+        return lambda module, args: taps.__setitem__(name, args[0])
+
+    hooks = [model.drop_emb.register_forward_hook(output("embedding"))]
+    for i, block in enumerate(model.trf_blocks):
+        at = f"trf_blocks.{i}"
+        outputs = {"norm1.out": block.norm1, "att.query": block.att.W_query, "att.key": block.att.W_key, "att.value": block.att.W_value}
+        outputs |= {"att.out": block.att, "norm2.out": block.norm2, "ff.out": block.ff, "shortcut2": block}
+        arguments = {"att.weights": block.att.dropout, "att.context": block.att.out_proj, "shortcut1": block.norm2}
+        arguments |= {"ff.hidden": block.ff.layers[2]}
+        hooks += [module.register_forward_hook(output(f"{at}.{name}")) for name, module in outputs.items()]
+        hooks += [module.register_forward_pre_hook(argument(f"{at}.{name}")) for name, module in arguments.items()]
+    hooks += [model.final_norm.register_forward_hook(output("final_norm.out")), model.register_forward_hook(output("logits"))]
+    with _removed_after(hooks):
+        yield taps
+
+
+@contextlib.contextmanager
+def recorded_masks(model: GPTModel) -> Iterator[Tensors]:
+    """Collects what dropout keeps in the forward pass made within, by the names of the dropout modules.
+
+    torch draws a mask by the number of elements alone, so the same state of the generator gives the mask of ones as well.
+    """
+    masks: Tensors = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Dropout, args: tuple[torch.Tensor]) -> None:
+            if module.training and module.p:
+                state = torch.get_rng_state()
+                _, keep = torch.native_dropout(torch.ones_like(args[0]), module.p, train=True)
+                torch.set_rng_state(state)
+                masks[name] = keep.numpy()
+
+        return hook
+
+    with _removed_after([module.register_forward_pre_hook(record(name)) for name, module in _dropouts(model)]):
+        yield masks
+
+
+@contextlib.contextmanager
+def replayed_masks(model: GPTModel, masks: Tensors) -> Iterator[Tensors]:
+    """Dropout keeps what these masks say in the forward pass made within."""
+
+    def replay(name: str) -> Callable[..., torch.Tensor]:
+        keep = torch.from_numpy(np.array(masks[name]))
+        return lambda module, args, _: args[0] * keep / (1 - module.p)
+
+    with _removed_after([module.register_forward_hook(replay(name)) for name, module in _dropouts(model) if module.p]):
+        yield masks
+
+
+def _dropouts(model: GPTModel) -> list[tuple[str, nn.Dropout]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
+
+
+@contextlib.contextmanager
+def _removed_after(hooks: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _autocast(dtype: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def _set_gradients(model: GPTModel, gradients: Tensors) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.tensor(gradients[name], dtype=parameter.dtype)
+
+
+def _gradient(x: torch.Tensor) -> np.ndarray:
+    return _numpy(torch.zeros_like(x) if x.grad is None else x.grad)  # None: the loss does not depend on it
+
+
+def _numpy(x: torch.Tensor) -> np.ndarray:
+    x = x.detach()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _after(model: GPTModel, optimizer: torch.optim.AdamW) -> Tensors:
+    named = dict(model.named_parameters())
+    after = {f"parameter/{name}": _numpy(p) for name, p in named.items()}
+    for part in ("exp_avg", "exp_avg_sq"):
+        after |= {f"{part}/{name}": _numpy(optimizer.state[p][part]) for name, p in named.items()}
+    return after

@@ -1,0 +1,61 @@
+"""A training run of the reference, recorded an update at a time so that another implementation can repeat it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from flaxgpt.config import TrainConfig
+from flaxgpt.corpus import Corpus
+from flaxgpt.parity import Evaluation, Tensors, Update
+from torch_ref.data import Batch, create_dataloaders
+from torch_ref.generate import generate_text_simple
+from torch_ref.model import GPTModel, init_gpt2_
+from torch_ref.record import recorded_masks
+from torch_ref.train import evaluate_model, make_optimizer, update
+
+
+def recorded_run(cfg: TrainConfig, corpus: Corpus, dtype: str = "float32") -> tuple[Tensors, Iterator[Update]]:
+    """The run of `torch_ref.train.train`, drawing the same random numbers in the same order.
+
+    Args:
+        cfg: the run.
+        corpus: its data.
+        dtype: "float32", or "float64" from the same weights.
+
+    Returns:
+        The initial weights, float32, and the updates as they are made: nothing is kept of them here. Evaluations come every
+        `eval_every` updates and after the last, samples at the end of each epoch and after the last.
+    """
+    train_loader, val_loader = create_dataloaders(corpus.train, corpus.val, cfg)
+    torch.manual_seed(cfg.seed)
+    model = GPTModel(cfg.model)
+    if cfg.model.init == "gpt2":
+        init_gpt2_(model)
+    weights = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    model.to(torch.float64 if dtype == "float64" else torch.float32)
+    prompt_BT = torch.tensor([corpus.tokenizer.encode(cfg.prompt)])
+
+    def updates() -> Iterator[Update]:
+        optimizer = make_optimizer(model, cfg)
+        epochs = itertools.chain.from_iterable(train_loader for _ in itertools.count())
+        for step, batch in zip(range(cfg.max_steps), epochs, strict=False):
+            with recorded_masks(model) as masks:
+                loss, grad_norm = update(model, optimizer, batch, step, cfg)
+            last = step == cfg.max_steps - 1
+            evaluation = sample = None
+            if last or step % cfg.eval_every == 0:
+                batches = [list(itertools.islice(loader, cfg.eval_batches)) for loader in (train_loader, val_loader)]
+                evaluation = Evaluation(*(list(map(_numpy, part)) for part in batches), *evaluate_model(model, *batches, cfg))
+            if last or (step + 1) % len(train_loader) == 0:
+                model.eval()
+                sample = generate_text_simple(model, prompt_BT, cfg.sample_tokens, cfg.model.context_length)[0].tolist()
+            yield Update(step, _numpy(batch), masks, loss, grad_norm, evaluation, sample)
+
+    return weights, updates()
+
+
+def _numpy(batch: Batch) -> tuple:
+    return tuple(side.numpy() for side in batch)
