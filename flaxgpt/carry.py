@@ -38,7 +38,7 @@ def state_from_torch(state_dict: Mapping[str, Any], optimizer_state: Mapping[str
     Raises:
         InputError: naming every key, shape and option of either that is not of this config, or a value that is not finite.
     """
-    step, moments = _moments(optimizer_state, cfg)
+    step, moments = moments_from_torch(optimizer_state, cfg)
     params = from_torch(state_dict, cfg.model)
     check_finite(named_parameters(params, cfg.model), "the parameters")
     mu, nu = (from_torch(moments[part], cfg.model) for part in _MOMENTS)
@@ -63,8 +63,12 @@ def state_to_torch(state: TrainState, cfg: TrainConfig) -> tuple[dict[str, np.nd
     return to_torch(jax.device_get(state.params), cfg.model), {"state": entries, "param_groups": _param_groups(cfg)}
 
 
-def _moments(optimizer_state: Mapping[str, Any], cfg: TrainConfig) -> tuple[int, dict[str, dict[str, np.ndarray]]]:
-    """The number of updates made and both moments by the names of the parameters, everything checked."""
+def moments_from_torch(optimizer_state: Mapping[str, Any], cfg: TrainConfig) -> tuple[int, dict[str, dict[str, np.ndarray]]]:
+    """The number of updates made, and both moments ("exp_avg", "exp_avg_sq") by the names of the parameters.
+
+    Raises:
+        InputError: naming every key, shape and option that is not of this config, or a value that is not finite.
+    """
     wanted, found = _param_groups(cfg), optimizer_state["param_groups"]
     if [len(group["params"]) for group in found] != [len(group["params"]) for group in wanted]:
         sizes = [[len(group["params"]) for group in groups] for groups in (found, wanted)]
@@ -90,6 +94,20 @@ def _moments(optimizer_state: Mapping[str, Any], cfg: TrainConfig) -> tuple[int,
     for part, named in moments.items():
         check_finite(named, f"the optimizer's moments {part}")
     return steps.pop(), moments
+
+
+def options_from_torch(optimizer_state: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of TrainConfig that an optimizer's groups tell of.
+
+    Raises:
+        InputError: it is not the state of an AdamW as `torch_ref.train.make_optimizer` makes it.
+    """
+    groups = optimizer_state.get("param_groups", ())
+    if len(groups) not in (1, 2) or not all({"lr", "betas", "eps", "weight_decay"} <= set(group) for group in groups):
+        raise InputError("the optimizer's state is not that of an AdamW with one group, or two of which one does not decay")
+    (beta1, beta2), first = groups[0]["betas"], groups[0]
+    options = {"eps": first["eps"], "weight_decay": first["weight_decay"], "decay": "all" if len(groups) == 1 else "matrices"}
+    return {"beta1": beta1, "beta2": beta2, **options}
 
 
 def _groups(cfg: TrainConfig) -> list[tuple[list[str], float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -81,6 +82,38 @@ def from_torch(state_dict: Mapping[str, Any], cfg: GPTConfig, dtype: Any = np.fl
         parts = [part.T if row.transposed else part for part in parts]
         _insert(params, row.path, np.stack(parts) if row.stacked else parts[0].copy())
     return params
+
+
+def infer_config(state_dict: Mapping[str, Any], n_heads: int | None = None) -> GPTConfig:
+    """The config that a state_dict's names and shapes tell of, without dropout.
+
+    Args:
+        state_dict: arrays by the reference's names.
+        n_heads: which shapes do not tell; None: heads of 64, as in all sizes of GPT-2.
+
+    Raises:
+        InputError: it is not a state_dict of such a model.
+    """
+    shapes = {name: np.shape(value) for name, value in state_dict.items()}
+    embeddings = [shapes.get(name, ()) for name in ("tok_emb.weight", "pos_emb.weight")]
+    if not all(len(shape) == 2 for shape in embeddings):
+        raise InputError(
+            f"not a state_dict of this model: no matrices tok_emb.weight and pos_emb.weight among {', '.join(sorted(shapes)[:5])} ..."
+        )
+    (vocab_size, emb_dim), (context_length, _) = embeddings
+    if n_heads is None and emb_dim % 64:
+        raise InputError(f"n_heads: give it, since emb_dim={emb_dim} is not made of heads of 64, and shapes don't tell")
+    layers = [int(name.split(".")[1]) for name in shapes if re.match(r"trf_blocks\.\d+\.", name)]
+    return GPTConfig(
+        vocab_size=vocab_size,
+        context_length=context_length,
+        emb_dim=emb_dim,
+        n_heads=n_heads or emb_dim // 64,
+        n_layers=max(layers, default=0) + 1,
+        drop_rate=0.0,
+        qkv_bias="trf_blocks.0.att.W_query.bias" in shapes,
+        tie_embeddings="out_head.weight" not in shapes,
+    )
 
 
 def to_torch(params: Mapping[str, Any], cfg: GPTConfig, dtype: Any = np.float32) -> StateDict:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 
 from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.convert import parameter_shapes
+from flaxgpt.errors import InputError
 from flaxgpt.parity import BOUNDS, Result, Row, Tensors, bfloat16_error, check_finite, compare
 
 Batch = tuple[np.ndarray, np.ndarray]
@@ -39,39 +39,51 @@ class Problem:
     batches: tuple[Batch, ...]
     """(inputs_BT, targets_BT) for each update of the training rungs; the first one also serves the single passes."""
     seed: int
+    moments: tuple[int, dict[str, Tensors]] | None = None
+    """The number of updates that an optimizer has made, and its moments "exp_avg" and "exp_avg_sq", to start one more update from."""
 
 
 def make_problem(
-    cfg: TrainConfig, weights: Tensors | None = None, *, seed: int = 0, batch: int = 2, length: int | None = None, steps: int = 5
+    cfg: TrainConfig,
+    weights: Tensors | None = None,
+    *,
+    moments: tuple[int, dict[str, Tensors]] | None = None,
+    seed: int = 0,
+    batch: int = 2,
+    length: int | None = None,
+    steps: int = 5,
 ) -> Problem:
     """Random tokens for a model, and random weights if it has none.
 
     Args:
         cfg: the model, and the options of the optimizer.
         weights: its parameters; None: random ones, with nothing at a default that hides a bug (norms and biases are random too).
+        moments: of an optimizer, for one more variant of the rung adamw.
         seed: of all that is random.
         batch: rows of a batch.
         length: tokens of a row; None: the context length.
         steps: updates of the training rungs.
 
     Raises:
-        InputError: weights that are not finite.
+        InputError: weights that are not finite, or a length beyond the context.
     """
-    length = length or cfg.model.context_length
+    length = cfg.model.context_length if length is None else length
+    if length > cfg.model.context_length:
+        raise InputError(f"length={length}: expected at most the model's context_length={cfg.model.context_length}")
     rng = np.random.default_rng(seed)
     weights = random_weights(cfg.model, seed) if weights is None else weights
     check_finite(weights, "the weights")
     windows = rng.integers(0, cfg.model.vocab_size, (steps, batch, length + 1))
-    return Problem(cfg.replace(seed=seed), weights, tuple((w[:, :-1].copy(), w[:, 1:].copy()) for w in windows), seed)
+    return Problem(cfg.replace(seed=seed), weights, tuple((w[:, :-1].copy(), w[:, 1:].copy()) for w in windows), seed, moments)
 
 
 def random_weights(cfg: GPTConfig, seed: int) -> Tensors:
-    """Weights about as large as a trained model's: matrices uniform within 1/sqrt(fan-in), the rest normal and off its default."""
+    """Weights that keep every layer's output of order 1, with nothing at its default: norms and biases are random too."""
     rng = np.random.default_rng([seed, 1])
 
     def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
         if "emb" in name:
-            return rng.normal(size=shape)
+            return rng.normal(size=shape) * shape[1] ** -0.5
         if len(shape) == 2:
             return rng.uniform(-1, 1, shape) * shape[1] ** -0.5
         return name.endswith("scale") + 0.3 * rng.normal(size=shape)
@@ -164,8 +176,8 @@ def _clipping(ours: Side, theirs: Side, problem: Problem, dtype: str, gradients:
             yield dataclasses.replace(row, name=f"{row.name} (limit {limit / norm:g} of the norm)")
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 _VARIANTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
-    ("first update, all decay", 0, {"decay": "all", "warmup_steps": 0, "min_learning_rate": None}),
     ("warm-up, matrices decay", 3, {"decay": "matrices", "warmup_steps": 10, "decay_steps": 100}),
     ("cosine, all decay", 60, {"decay": "all", "warmup_steps": 10, "decay_steps": 100}),
     ("after the cosine, matrices decay", 200, {"decay": "matrices", "warmup_steps": 10, "decay_steps": 100}),
@@ -184,9 +196,15 @@ def _adamw(ours: Side, theirs: Side, problem: Problem, dtype: str, gradients: Te
         return {n: ((max(sizes[n], floor) * rng.normal(size=g.shape)) ** power).astype(np.float32) for n, g in gradients.items()}
 
     zeros = {name: np.zeros_like(g) for name, g in gradients.items()}
-    for label, step, options in _VARIANTS:
+    cases = [(*variant, {"exp_avg": moment(1), "exp_avg_sq": moment(2)}) for variant in _VARIANTS]
+    cases.append(
+        ("first update, all decay", 0, {"decay": "all", "warmup_steps": 0, "min_learning_rate": None}, dict.fromkeys(MOMENTS, zeros))
+    )
+    if problem.moments:
+        step, given = problem.moments
+        cases.append(("the checkpoint's moments", step, {"weight_decay": problem.cfg.weight_decay}, given))
+    for label, step, options, moments in cases:
         cfg = problem.cfg.replace(**_PLAIN | {"clip_norm": None} | options)
-        moments = {"exp_avg": moment(1), "exp_avg_sq": moment(2)} if step else {"exp_avg": zeros, "exp_avg_sq": zeros}
 
         def run(side: Side, d: str, cfg: TrainConfig = cfg, moments: Any = moments, step: int = step) -> Tensors:
             return side.adamw(cfg, problem.weights, gradients, moments, step, d)
@@ -231,10 +249,10 @@ def _dropout(ours: Side, theirs: Side, problem: Problem, dtype: str) -> Iterator
         yield from (
             dataclasses.replace(row, name=f"{row.name} ({whose})") for row in _measure(ours, theirs, dtype, run, problem.weights, _KEY_BIAS)
         )
-        yield Row(f"chance ({whose})", difference=_improbability(masks, 1 - cfg.model.drop_rate))
+        yield Row(f"chance ({whose})", difference=improbability(masks, 1 - cfg.model.drop_rate))
 
 
-def _improbability(masks: list[Tensors], keep_rate: float) -> float:
+def improbability(masks: list[Tensors], keep_rate: float) -> float:
     """Largest number of standard deviations by which the masks differ from independent draws.
 
     Looked at are the share of elements that each mask keeps, and the share at which two masks of one shape, of any layers or updates,
@@ -303,8 +321,7 @@ def _prefixed(record: dict[str, Tensors], *parts: str) -> Tensors:
 
 
 def _bounded(row: Row, rung: str, dtype: str) -> Row:
-    """The row with the bounds of its kind: the first word of its name."""
-    kind = f"{rung}/{re.match('[a-z_]+', row.name)[0]}"
+    kind = f"{rung}/{row.kind}"
     bounds = BOUNDS[kind if kind in BOUNDS else rung]
     bound = bounds.float64 if dtype == "float64" and row.exact is not None else row.bound or bounds.float32
     # A relative bound of 1 or more says nothing: such a tensor is compared in float64 alone.

@@ -19,6 +19,8 @@ class Bug(NamedTuple):
     module: str
     old: str
     new: str
+    first: str | None = None
+    """Where the two sides must be seen to part first."""
 
     @property
     def side(self) -> str:
@@ -90,14 +92,28 @@ _ABOVE = "logits_BV < kth_B1"
 _ABOVE_TORCH = "logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)"
 
 BUGS = (
-    Bug("layer norm with eps 1e-6", "activations", _FLAX, "variance + 1e-5", "variance + 1e-6"),
-    Bug("layer norm with eps 1e-6", "activations", _TORCH, "variance + 1e-5", "variance + 1e-6"),
-    Bug("unbiased variance", "activations", _FLAX, "x_wide.var(-1, keepdims=True)", "x_wide.var(-1, keepdims=True, ddof=1)"),
-    Bug("unbiased variance", "activations", _TORCH, "unbiased=False", "unbiased=True"),
-    Bug("erf GELU", "activations", _FLAX, "approximate=True", "approximate=False"),
-    Bug("erf GELU", "activations", _TORCH, "return 0.5 * x * (1 + torch.tanh(", "return nn.functional.gelu(x) + 0 * (torch.tanh("),
-    Bug("no 1/sqrt(head size)", "activations", _FLAX, "scores_BNTS * H**-0.5", "scores_BNTS"),
-    Bug("no 1/sqrt(head size)", "activations", _TORCH, "scores_BNTS / H**0.5", "scores_BNTS"),
+    Bug("layer norm with eps 1e-6", "activations", _FLAX, "variance + 1e-5", "variance + 1e-6", "trf_blocks.0.norm1.out"),
+    Bug("layer norm with eps 1e-6", "activations", _TORCH, "variance + 1e-5", "variance + 1e-6", "trf_blocks.0.norm1.out"),
+    Bug(
+        "unbiased variance",
+        "activations",
+        _FLAX,
+        "x_wide.var(-1, keepdims=True)",
+        "x_wide.var(-1, keepdims=True, ddof=1)",
+        "trf_blocks.0.norm1.out",
+    ),
+    Bug("unbiased variance", "activations", _TORCH, "unbiased=False", "unbiased=True", "trf_blocks.0.norm1.out"),
+    Bug("erf GELU", "activations", _FLAX, "approximate=True", "approximate=False", "trf_blocks.0.ff.hidden"),
+    Bug(
+        "erf GELU",
+        "activations",
+        _TORCH,
+        "return 0.5 * x * (1 + torch.tanh(",
+        "return nn.functional.gelu(x) + 0 * (torch.tanh(",
+        "trf_blocks.0.ff.hidden",
+    ),
+    Bug("no 1/sqrt(head size)", "activations", _FLAX, "scores_BNTS * H**-0.5", "scores_BNTS", "trf_blocks.0.att.weights"),
+    Bug("no 1/sqrt(head size)", "activations", _TORCH, "scores_BNTS / H**0.5", "scores_BNTS", "trf_blocks.0.att.weights"),
     Bug("scores scaled by D, not H", "activations", _FLAX, "scores_BNTS * H**-0.5", "scores_BNTS * D**-0.5"),
     Bug("scores scaled by D, not H", "activations", _TORCH, "scores_BNTS / H**0.5", "scores_BNTS / D**0.5"),
     Bug(
@@ -121,13 +137,22 @@ BUGS = (
         '.endswith("kernel")',
         '.endswith("kernel") and "proj" not in self.path',
     ),
-    Bug("transposed output projection", "activations", _TORCH, _PROJECTION, _OTHER_PROJECTION),
-    Bug("attention that is not causal", "activations", _FLAX, _CAUSAL, "jnp.ones((T, T), bool)"),
-    Bug("attention that is not causal", "activations", _TORCH, "self.mask.bool()[:T, :T]", "torch.zeros(T, T).bool()"),
-    Bug("causal mask off by one", "activations", _FLAX, _CAUSAL, "jnp.tril(jnp.ones((T, T), bool), k=1)"),
-    Bug("causal mask off by one", "activations", _TORCH, "diagonal=1)", "diagonal=2)"),
-    Bug("positions off by one", "activations", _FLAX, "self.pos_emb(jnp.arange(T))", "self.pos_emb(jnp.arange(1, T + 1) % T)"),
-    Bug("positions off by one", "activations", _TORCH, "torch.arange(T, device=tokens_BT.device)", "torch.arange(1, T + 1) % T"),
+    Bug("transposed output projection", "activations", _TORCH, _PROJECTION, _OTHER_PROJECTION, "trf_blocks.0.att.out"),
+    Bug("attention that is not causal", "activations", _FLAX, _CAUSAL, "jnp.ones((T, T), bool)", "trf_blocks.0.att.weights"),
+    Bug(
+        "attention that is not causal",
+        "activations",
+        _TORCH,
+        "self.mask.bool()[:T, :T]",
+        "torch.zeros(T, T).bool()",
+        "trf_blocks.0.att.weights",
+    ),
+    Bug("causal mask off by one", "activations", _FLAX, _CAUSAL, "jnp.tril(jnp.ones((T, T), bool), k=1)", "trf_blocks.0.att.weights"),
+    Bug("causal mask off by one", "activations", _TORCH, "diagonal=1)", "diagonal=2)", "trf_blocks.0.att.weights"),
+    Bug("positions off by one", "activations", _FLAX, "self.pos_emb(jnp.arange(T))", "self.pos_emb(jnp.arange(1, T + 1) % T)", "embedding"),
+    Bug(
+        "positions off by one", "activations", _TORCH, "torch.arange(T, device=tokens_BT.device)", "torch.arange(1, T + 1) % T", "embedding"
+    ),
     Bug("head tied when it should not be", "activations", _FLAX, "self.out_head if not self.cfg.tie_embeddings else", ""),
     Bug("head tied when it should not be", "activations", _TORCH, "if cfg.tie_embeddings:", "if True:"),
     Bug("loss a mean over the wrong count", "loss", "flaxgpt.loss", ").mean()", ").sum() / (targets_BT.size - 1)"),

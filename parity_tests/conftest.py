@@ -11,6 +11,7 @@ import torch
 from flaxgpt.config import GPTConfig
 from flaxgpt.convert import from_torch
 from flaxgpt.corpus import cache_dir, download
+from flaxgpt.parity import Result
 from torch_ref.model import GPTModel
 
 jax.config.update("jax_default_matmul_precision", "float32")
@@ -66,6 +67,17 @@ def assert_close(what: str, a, b, bound: float, *, scale: float | None = None, w
     count, worst, place, _ = MEASURED.get(what, (0, -1.0, "", bound))
     MEASURED[what] = (count + 1, max(worst, error), where if error > worst else place, bound)
     assert error < bound, f"{what}: {where or 'the two sides'} differ by {error:.1e}, more than {bound:.0e}"
+
+
+def remember(what: str, result: Result) -> None:
+    """Add a rung of the ladder to the table: its worst difference and the bound of the row that came closest to its own."""
+    compared = [row for row in result.rows if row.difference is not None]
+    if compared and result.passed:
+        worst = max(compared, key=lambda row: row.difference / row.bound if row.bound else 0)
+        count, difference, place, bound = MEASURED.get(what, (0, -1.0, "", 1.0))
+        if bound == 0 or worst.bound == 0 or worst.difference / worst.bound > difference / bound:
+            difference, place, bound = worst.difference, worst.name, worst.bound
+        MEASURED[what] = (count + len(compared), difference, place, bound)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_one_line(call, tmp_path):
     refused(call(sample, "--checkpoint", "a", "--prompt", "the"), "tokenizer")
 
 
-@pytest.mark.parametrize("script", ["train_jax", "train_torch", "sample"])
+@pytest.mark.parametrize("script", ["train_jax", "train_torch", "sample", "parity_report", "replay"])
 def test_help_teaches_and_loads_no_framework(script):
     code = f"import sys, runpy; sys.argv = ['{script}.py', '--help']; runpy.run_path(r'{SCRIPTS / script}.py', run_name='__main__')"
     watched = f"""

@@ -82,10 +82,11 @@ def train(
     model = build(cfg.model, weights, dtype)
     optimizer = make_optimizer(model, cfg)
     values, used = [], []
-    with torch.random.fork_rng(), _autocast(dtype):
+    with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
         for step, batch in enumerate(batches):
-            with recorded_masks(model) if masks is None else replayed_masks(model, masks[step]) as kept:
+            replaying = recorded_masks(model) if masks is None else replayed_masks(model, masks[step])
+            with replaying as kept, _autocast(dtype):  # anew each time: autocast remembers the weights that it has cast
                 values.append(update(model, optimizer, tuple(map(torch.from_numpy, batch)), step, cfg))
             used.append(kept)
     losses, norms = np.array(values).T

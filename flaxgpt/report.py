@@ -1,0 +1,155 @@
+"""What the ladder found, for people: lines for the terminal, JSON, a plot and a page. Knows no framework."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flaxgpt.ladder import RUNGS
+from flaxgpt.parity import Result, Row, first_parting
+from flaxgpt.plots import save_parity_plot
+
+TITLES = ("rung", "tensors", "difference", "bound", "flaxgpt", "reference", "float64", "bound", "", "worst tensor")
+_WIDTHS = (27, 7, 10, 8, 8, 9, 8, 8, 6, 0)
+
+LEGEND = (
+    "Differences are ||a - b|| / ||b|| of a tensor; those of parameters after updates are relative to how far they moved. "
+    "difference: flaxgpt against the reference. flaxgpt, reference: each side's own error against the reference in float64. "
+    "float64: both sides in float64. Each column has its largest value; the tensor is the one closest to its bound, or furthest beyond it."
+)
+
+
+def header() -> str:
+    """The first line of the table."""
+    return _line(TITLES)
+
+
+def lines(result: Result) -> list[str]:
+    """The lines of the table for a rung, one for each kind of tensor that has bounds of its own."""
+    return [_line(row) for row in _table(result)]
+
+
+def verdict(results: Sequence[Result]) -> list[str]:
+    """What it comes to, and where the two sides first part."""
+    failed = [result for result in results if not result.passed]
+    if not failed:
+        return [f"passed: {sum(len(result.rows) for result in results)} comparisons on {len(results)} rungs, all within their bounds"]
+    count = sum(len(result.failures) for result in failed)
+    text = [f"failed: {count} comparisons on {', '.join(result.rung for result in failed)}"]
+    parting = first_parting(results)
+    for direction in ("forward", "backward"):
+        if name := parting[direction]:
+            text.append(f"{direction + ':':<10}the two sides first part at {name}")
+    for result in failed:
+        if result.rung not in ("activations", "loss", "gradients"):
+            text.append(f"{result.rung + ':':<14}first {_describe(result.failures[0])}")
+    return text
+
+
+def to_json(results: Sequence[Result], about: dict[str, Any]) -> str:
+    """Everything: what was run, every row, the verdict. What is not finite is written as a string."""
+    rungs = [
+        {"rung": result.rung, "passed": result.passed, "seconds": round(result.seconds, 2), "rows": [_plain(row) for row in result.rows]}
+        for result in results
+    ]
+    whole = {**about, "passed": all(result.passed for result in results), "first_parting": first_parting(results), "rungs": rungs}
+    return json.dumps(whole, indent=1, allow_nan=False) + "\n"
+
+
+def to_html(results: Sequence[Result], about: dict[str, Any], plot: Path | None) -> str:
+    """One page that needs nothing else: the verdict, what was run, the table, the plot."""
+    passed = all(result.passed for result in results)
+    image = f'<img alt="difference by layer" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">' if plot else ""
+    rows = "\n".join(
+        f'<tr class="{row[8]}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for r in results for row in _table(r)
+    )
+    facts = "\n".join(f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(_fact(value))}</td></tr>" for name, value in about.items())
+    titles = "".join(f"<th>{title}</th>" for title in TITLES)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>flaxgpt: parity report</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }}
+table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
+td, th {{ padding: .15rem .7rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }}
+tr.FAILED td {{ background: #fdd }} img {{ max-width: 100% }} .verdict {{ white-space: pre-line; font-weight: 600 }}
+.verdict.passed {{ color: #170 }} .verdict.failed {{ color: #b00 }}
+</style></head><body>
+<h1>flaxgpt against its PyTorch reference</h1>
+<p class="verdict {"passed" if passed else "failed"}">{html.escape(chr(10).join(verdict(results)))}</p>
+<table><tr>{titles}</tr>
+{rows}
+</table>
+<p>{html.escape(LEGEND)}</p>
+{image}
+<h2>What was run</h2>
+<table>
+{facts}
+</table>
+</body></html>
+"""
+
+
+def save_plot(results: Sequence[Result], path: Path) -> bool:
+    """Differences by layer, forward and backward, as a PNG; False, and no file, if neither rung was climbed."""
+    wanted = {result.rung: result.rows for result in results}
+    panels = {
+        "forward: activations": [(row.name, row) for row in wanted.get("activations", ())],
+        "backward: gradients of the loss with respect to them": [
+            (row.name.removeprefix("backward/"), row) for row in wanted.get("gradients", ()) if row.kind == "backward"
+        ],
+    }
+    panels = {title: rows for title, rows in panels.items() if rows}
+    if panels:
+        save_parity_plot(panels, path)
+    return bool(panels)
+
+
+def _table(result: Result) -> list[tuple[str, ...]]:
+    number = RUNGS.index(result.rung) + 1
+    table = []
+    for rows in result.kinds:
+        worst = max(rows, key=lambda row: row.used)
+        kind = f": {rows[0].kind}" if len(result.kinds) > 1 else ""
+        columns = [_largest(rows, column) for column in ("difference", "bound", "ours", "theirs", "exact")]
+        exact_bound = f"{worst.exact_bound:.0e}" if worst.exact is not None else "-"
+        passed = "passed" if all(row.passed for row in rows) else "FAILED"
+        table.append((f"{number} {result.rung}{kind}", str(len(rows)), *columns, exact_bound, passed, worst.name))
+    return table
+
+
+def _largest(rows: Sequence[Row], column: str) -> str:
+    values = [value for row in rows if (value := getattr(row, column)) is not None]
+    if not values:
+        return "-"
+    largest = max(values, key=lambda value: math.inf if math.isnan(value) else value)
+    return f"{largest:.0e}" if column == "bound" else f"{largest:.1e}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return " ".join(
+        f"{cell:<{width}}" if i in (0, 8, 9) else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(cells, _WIDTHS, strict=True))
+    )
+
+
+def _describe(row: Row) -> str:
+    parts = [f"{value:.1e} (bound {bound:.0e}){note}" for value, bound, note in _over(row)]
+    return f"{row.name}: {', '.join(parts)}"
+
+
+def _over(row: Row) -> list[tuple[float, float, str]]:
+    pairs = ((row.difference, row.bound, ""), (row.exact, row.exact_bound, " in float64"))
+    return [(value, bound, note) for value, bound, note in pairs if value is not None and not value <= bound]
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    values = dataclasses.asdict(row) | {"passed": row.passed}
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _fact(value: Any) -> str:
+    return ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)

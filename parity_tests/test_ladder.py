@@ -1,0 +1,121 @@
+"""The ladder of comparisons, whole: on random small configs, on the 124M reference, in every precision."""
+
+import numpy as np
+import pytest
+from conftest import SMALL, remember
+
+from flaxgpt import ladder, parity, record
+from flaxgpt.config import GPTConfig, TrainConfig
+from torch_ref import record as torch_record
+
+
+def random_config(seed: int) -> TrainConfig:
+    """Small, and of no particular shape."""
+    rng = np.random.default_rng(seed)
+    n_heads = int(rng.integers(1, 5))
+    model = GPTConfig(
+        vocab_size=int(rng.integers(20, 90)),
+        context_length=int(rng.integers(2, 14)),
+        emb_dim=n_heads * int(rng.integers(2, 12)),
+        n_heads=n_heads,
+        n_layers=int(rng.integers(1, 4)),
+        drop_rate=float(rng.uniform(0.05, 0.4)),
+        qkv_bias=bool(rng.integers(2)),
+        tie_embeddings=bool(seed % 2),
+        remat=bool(rng.integers(2)),
+    )
+    return TrainConfig(model=model, beta2=float(rng.choice([0.95, 0.999])), decay=str(rng.choice(["all", "matrices"])))
+
+
+def climb(problem, rungs=ladder.RUNGS, dtype="float32", ours=record, theirs=torch_record):
+    results = list(ladder.climb(ours, theirs, problem, rungs, dtype))
+    for result in results:
+        remember(f"{dtype}: {result.rung}", result)
+    return results
+
+
+def assert_passed(results, what):
+    for result in results:
+        for row in result.failures:
+            raise AssertionError(
+                f"{what}, rung {result.rung}: {row.name} differs by {row.difference} (bound {row.bound}), "
+                f"in float64 by {row.exact} (bound {row.exact_bound}); {len(result.failures)} of {len(result.rows)} rows fail"
+            )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_whole_ladder_passes_for_random_small_configs(seed):
+    cfg = random_config(seed)
+    assert_passed(climb(ladder.make_problem(cfg, seed=seed, batch=3)), cfg.model)
+
+
+def test_bfloat16_differs_by_no_more_than_its_rounding_explains():
+    cfg = TrainConfig(model=SMALL.replace(qkv_bias=True))
+    results = climb(ladder.make_problem(cfg), ("activations", "loss", "gradients"), "bfloat16")
+    assert_passed(results, "bfloat16")
+    assert results[0].rows[-1].difference > 1e-3, "it was not bfloat16 that was compared"
+
+
+def test_200_updates_with_dropout_agree_in_float64_to_1e_9():
+    cfg = TrainConfig(model=SMALL.replace(drop_rate=0.2), batch_size=4, warmup_steps=10, max_steps=200)
+    problem = ladder.make_problem(cfg, batch=4, steps=200)
+    expected, masks = torch_record.train(problem.cfg, problem.weights, problem.batches, "float64")
+    ours, _ = record.train(problem.cfg, problem.weights, problem.batches, "float64", masks)
+    np.testing.assert_allclose(ours["loss"], expected["loss"], rtol=1e-9)
+    differences = parity.compare(ours, expected)
+    assert max(differences.values()) < 1e-9, max(differences, key=differences.get)
+    assert np.ptp(expected["loss"]) > 0.1, "nothing was learnt, so nothing was compared"
+
+
+def test_two_versions_of_one_model_can_be_compared_without_the_reference():
+    problem = ladder.make_problem(TrainConfig(model=SMALL))
+    before = record.passes(SMALL, problem.weights, problem.batches[0], "float32")["activations"]
+    moved = problem.weights | {"trf_blocks.1.att.W_value.weight": problem.weights["trf_blocks.1.att.W_value.weight"] * 1.001}
+    after = record.passes(SMALL, moved, problem.batches[0], "float32")["activations"]
+    changed = [name for name, difference in parity.compare(after, before).items() if difference > 0]
+    assert changed[0] == "trf_blocks.1.att.value"
+
+
+def test_dropout_masks_that_are_not_independent_draws_are_noticed():
+    rng = np.random.default_rng(0)
+    fair = [{"a": rng.random((40, 50)) > 0.1, "b": rng.random((40, 50)) > 0.1} for _ in range(3)]
+    assert ladder.improbability(fair, 0.9) < 5
+    assert ladder.improbability([{"a": rng.random((40, 50)) > 0.2}], 0.9) > 7, "the wrong rate"
+    assert ladder.improbability([*fair, {"a": fair[0]["b"]}], 0.9) > 7, "a mask used twice"
+
+
+def test_records_with_other_names_or_shapes_are_not_compared():
+    with pytest.raises(ValueError, match=r"y is only in one of them; x is \(2,\) and \(3,\)"):
+        parity.compare({"x": np.ones(2)}, {"x": np.ones(3), "y": np.ones(1)})
+
+
+def test_nan_is_never_within_bounds():
+    assert not parity.Row("loss", float("nan"), bound=1.0).passed
+    assert not parity.Row("loss", 0.0, exact=float("nan"), bound=1.0, exact_bound=1.0).passed
+    assert np.isnan(parity.relative(np.array([np.nan]), np.ones(1)))
+
+
+def test_bounds_are_within_ten_times_of_what_was_measured():
+    for rung, bounds in parity.BOUNDS.items():
+        assert bounds.measured32 <= bounds.float32 <= 10 * bounds.measured32, rung
+        assert bounds.measured64 <= bounds.float64 <= 10 * bounds.measured64, rung
+
+
+@pytest.mark.slow  # about two minutes on two cores
+def test_nothing_fails_in_100_seeds():
+    cfg = TrainConfig(model=SMALL.replace(qkv_bias=True, drop_rate=0.1))
+    for seed in range(100):
+        assert_passed(climb(ladder.make_problem(cfg, seed=seed)), f"seed {seed}")
+
+
+@pytest.mark.slow  # about two minutes on two cores
+def test_the_whole_ladder_passes_in_bfloat16_for_10_seeds():
+    cfg = TrainConfig(model=SMALL.replace(qkv_bias=True, drop_rate=0.1))
+    for seed in range(10):
+        assert_passed(climb(ladder.make_problem(cfg, seed=seed), dtype="bfloat16"), f"seed {seed}")
+
+
+@pytest.mark.slow  # about five minutes on two cores, 13 GB of memory
+def test_the_whole_ladder_passes_for_the_124m_reference():
+    cfg = TrainConfig.preset("verdict-124m")
+    assert_passed(climb(ladder.make_problem(cfg, batch=1, length=32, steps=2)), "verdict-124m")

@@ -1,0 +1,99 @@
+"""A run of the reference, recorded and repeated with its batches and masks."""
+
+import csv
+import math
+import sys
+
+import numpy as np
+import pytest
+import replay as replay_script
+from conftest import SMALL
+
+from flaxgpt.config import TrainConfig
+from flaxgpt.prepare import prepare
+from flaxgpt.replay import COLUMNS, replay
+from flaxgpt.run import read_metrics
+from torch_ref.replay import recorded_run
+from torch_ref.train import train as train_torch
+
+TEXT = "the cat sat on the mat and the dog sat on the log; " * 20
+FLAGS = "--tokenizer char --context-length 16 --emb-dim 32 --n-heads 4 --n-layers 2 --batch-size 4 --max-steps 20 --sample-tokens 8"
+
+
+@pytest.fixture
+def config(private_cache, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    model = SMALL.replace(drop_rate=0.2)
+    return TrainConfig(
+        model=model, data=str(tmp_path / "text.txt"), tokenizer="char", batch_size=4, max_steps=20, eval_every=5, eval_batches=3, sample_tokens=8
+    )
+
+
+def test_the_recording_is_the_reference_s_own_run(config, tmp_path):
+    run, corpus = prepare(config, tmp_path / "run")
+    with run:
+        train_torch(run, corpus)
+    expected = {r["step"]: (r["train/loss"], r["val/loss"]) for r in read_metrics(run.folder) if "val/loss" in r}
+    _, updates = recorded_run(run.cfg, corpus)
+    recorded = {u.step: u.evaluation[2:] for u in updates if u.evaluation}
+    assert recorded == expected, "recording masks, or sampling, has changed what the generator draws"
+
+
+def test_a_replay_in_float64_is_the_run_to_1e_12_and_writes_the_same_text(config, tmp_path):
+    run, corpus = prepare(config, tmp_path / "run")
+    weights, updates = recorded_run(run.cfg, corpus, "float64")
+    evaluations = samples = 0
+    for repeated in replay(run.cfg, weights, updates, "float64"):
+        update = repeated.update
+        assert math.isclose(repeated.loss, update.loss, rel_tol=1e-12), f"update {update.step}"
+        assert math.isclose(repeated.grad_norm, update.grad_norm, rel_tol=1e-12), f"update {update.step}"
+        if update.evaluation:
+            evaluations += 1
+            np.testing.assert_allclose((repeated.train_loss, repeated.val_loss), update.evaluation[2:], rtol=1e-12)
+        if update.sample is not None:
+            samples += 1
+            assert repeated.sample == update.sample
+    assert (evaluations, samples) == (5, 2)
+
+
+def run_script(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["replay.py", *flags])
+    try:
+        replay_script.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_the_script_compares_evaluations_and_samples_and_draws_them(config, tmp_path, monkeypatch, capsys):
+    flags = ["--data", config.data, "--out-dir", str(tmp_path / "out"), *FLAGS.split()]
+    assert run_script(monkeypatch, *flags) == 0
+    out = capsys.readouterr().out
+    assert "samples:      2 of 2 equal" in out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "replay.csv", "replay.png", "samples.txt"}
+    rows = list(csv.DictReader((tmp_path / "out" / "replay.csv").open()))
+    assert list(rows[0]) == list(COLUMNS)
+    assert len(rows) == 20
+    for row in rows:
+        assert float(row["flaxgpt/batch_loss"]) == pytest.approx(float(row["reference/batch_loss"]), rel=1e-5)
+    assert (tmp_path / "out" / "samples.txt").read_text().count("--- after update") == 4
+    assert run_script(monkeypatch, *flags) == 2, "a folder with contents is not overwritten unasked"
+
+
+def test_the_script_fails_when_the_runs_part(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("flaxgpt.record.make_optimizer", lambda cfg: _optimizer(cfg.replace(weight_decay=0.5, learning_rate=2e-3)))
+    flags = ["--data", config.data, "--out-dir", str(tmp_path / "out"), *FLAGS.split(), "--n-layers", "1"]  # compiled by no other test
+    assert run_script(monkeypatch, *flags) == 1
+    assert "seen in the third decimal from step" in capsys.readouterr().out
+
+
+def _optimizer(cfg):
+    from flaxgpt.optim import make_optimizer
+
+    return make_optimizer(cfg)
+
+
+@pytest.mark.parametrize("flag", [["--resume"], ["--dtype", "bfloat16"], ["--grad-accum-steps", "2"], ["--no-drop-last"]])
+def test_what_can_t_be_replayed_is_said_in_one_line(flag, tmp_path, monkeypatch, capsys):
+    assert run_script(monkeypatch, "--out-dir", str(tmp_path / "out"), *flag) == 2
+    assert capsys.readouterr().err.count("\n") == 1
