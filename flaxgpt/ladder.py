@@ -102,21 +102,24 @@ def climb(ours: Side, theirs: Side, problem: Problem, rungs: Sequence[str] = RUN
         dtype: the precision under test: "float32", "bfloat16" or "float64".
     """
     passes = functools.cache(lambda side, dtype: side.passes(problem.cfg.model, problem.weights, problem.batches[0], dtype))
+    gradients = functools.cache(lambda: passes(theirs, "float32")["gradients"])
     climbers = {
         "activations": lambda: _measure(ours, theirs, dtype, lambda side, d: passes(side, d)["activations"]),
         "loss": lambda: _measure(ours, theirs, dtype, lambda side, d: passes(side, d)["loss"]),
         "gradients": lambda: _measure(ours, theirs, dtype, lambda side, d: _prefixed(passes(side, d), "backward", "gradients")),
-        "clipping": lambda: _clipping(ours, theirs, problem, dtype, passes(theirs, "float32")["gradients"]),
-        "adamw": lambda: _adamw(ours, theirs, problem, dtype, passes(theirs, "float32")["gradients"]),
+        "clipping": lambda: _clipping(ours, theirs, problem, dtype, gradients()),
+        "adamw": lambda: _adamw(ours, theirs, problem, dtype, gradients()),
         "accumulation": lambda: _accumulation(ours, theirs, problem, dtype),
         "training": lambda: _training(ours, theirs, problem, dtype),
         "dropout": lambda: _dropout(ours, theirs, problem, dtype),
         "generation": lambda: _generation(ours, theirs, problem, dtype),
     }
-    for i, rung in enumerate(rungs):
-        if not {"activations", "loss", "gradients", "clipping", "adamw"} & set(rungs[i:]):
-            passes.cache_clear()  # at 124M these are gigabytes
+    for rung in rungs:
         started = time.perf_counter()
+        if rung in ("clipping", "adamw"):
+            gradients()
+        if rung not in ("activations", "loss", "gradients"):
+            passes.cache_clear()  # at 124M these are gigabytes
         rows = [_bounded(row, rung, dtype) for row in climbers[rung]()]
         yield Result(rung, tuple(rows), time.perf_counter() - started)
 
@@ -124,7 +127,7 @@ def climb(ours: Side, theirs: Side, problem: Problem, rungs: Sequence[str] = RUN
 Run = Callable[[Side, str], Tensors]
 
 
-def _measure(ours: Side, theirs: Side, dtype: str, run: Run, start: Tensors | None = None, noise: str = "") -> list[Row]:
+def _measure(ours: Side, theirs: Side, dtype: str, run: Run, start: Tensors | None = None, *, own_gradients: bool = False) -> list[Row]:
     """Run both sides in float64 and in the precision under test; a row for each tensor.
 
     Args:
@@ -133,7 +136,8 @@ def _measure(ours: Side, theirs: Side, dtype: str, run: Run, start: Tensors | No
         dtype: the precision under test.
         run: what to compute.
         start: the parameters before an update; parameters after it are compared by how far they moved.
-        noise: tensors whose names end so are compared in float64 alone.
+        own_gradients: the updates were made from each side's own gradients. The one of the key's bias is rounding, of which AdamW
+            makes steps of full size, so that parameter is compared in float64 alone.
     """
     truth = run(theirs, "float64")
     scales = _scales(truth, start)
@@ -146,7 +150,8 @@ def _measure(ours: Side, theirs: Side, dtype: str, run: Run, start: Tensors | No
     if dtype == "bfloat16":
         per_side = [compare(run(side, "float32"), truth, scales) for side in (ours, theirs)]
         rows = [dataclasses.replace(row, bound=sum(bfloat16_error(errors[row.name]) for errors in per_side)) for row in rows]
-    return [Row(row.name, None, exact=row.exact) if noise and row.name.endswith(noise) else row for row in rows]
+    noise = [own_gradients and row.name.startswith("parameter/") and row.name.endswith("W_key.bias") for row in rows]
+    return [Row(row.name, None, exact=row.exact) if hides else row for row, hides in zip(rows, noise, strict=True)]
 
 
 def _scales(truth: Tensors, start: Tensors | None) -> dict[str, float]:
@@ -172,7 +177,7 @@ def _clipping(ours: Side, theirs: Side, problem: Problem, dtype: str, gradients:
     norm = float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradients.values())))
     for limit in (norm / 2, norm * 2):
         cfg = problem.cfg.replace(clip_norm=limit)
-        for row in _measure(ours, theirs, dtype, lambda side, d, cfg=cfg: side.clip(gradients, cfg, d)):
+        for row in _measure(ours, theirs, _at_least_float32(dtype), lambda side, d, cfg=cfg: side.clip(gradients, cfg, d)):
             yield dataclasses.replace(row, name=f"{row.name} (limit {limit / norm:g} of the norm)")
 
 
@@ -209,13 +214,8 @@ def _adamw(ours: Side, theirs: Side, problem: Problem, dtype: str, gradients: Te
         def run(side: Side, d: str, cfg: TrainConfig = cfg, moments: Any = moments, step: int = step) -> Tensors:
             return side.adamw(cfg, problem.weights, gradients, moments, step, d)
 
-        # The update is made in float32 at least, whatever the precision of the model.
-        for row in _measure(ours, theirs, "float64" if dtype == "float64" else "float32", run, problem.weights):
+        for row in _measure(ours, theirs, _at_least_float32(dtype), run, problem.weights):
             yield dataclasses.replace(row, name=f"{row.name} ({label})")
-
-
-_KEY_BIAS = "W_key.bias"
-"""AdamW makes steps of full size out of the rounding that is this tensor's gradient, so only float64 can compare it after updates."""
 
 
 def _accumulation(ours: Side, theirs: Side, problem: Problem, dtype: str) -> list[Row]:
@@ -224,7 +224,9 @@ def _accumulation(ours: Side, theirs: Side, problem: Problem, dtype: str) -> lis
     pairs = zip(problem.batches[0::2], problem.batches[1::2], strict=False)
     batches = [tuple(np.concatenate(sides) for sides in zip(*pair, strict=True)) for pair in itertools.islice(pairs, 2)]
     cfg = cfg.replace(batch_size=2 * cfg.batch_size, grad_accum_steps=2)
-    return _measure(ours, theirs, dtype, lambda side, d: side.train(cfg, problem.weights, batches, d)[0], problem.weights, _KEY_BIAS)
+    return _measure(
+        ours, theirs, dtype, lambda side, d: side.train(cfg, problem.weights, batches, d)[0], problem.weights, own_gradients=True
+    )
 
 
 def _training(ours: Side, theirs: Side, problem: Problem, dtype: str) -> list[Row]:
@@ -234,7 +236,7 @@ def _training(ours: Side, theirs: Side, problem: Problem, dtype: str) -> list[Ro
     def run(side: Side, d: str) -> Tensors:
         return side.train(cfg, problem.weights, problem.batches, d)[0]
 
-    return _measure(ours, theirs, dtype, run, problem.weights, _KEY_BIAS)
+    return _measure(ours, theirs, dtype, run, problem.weights, own_gradients=True)
 
 
 def _dropout(ours: Side, theirs: Side, problem: Problem, dtype: str) -> Iterator[Row]:
@@ -247,7 +249,8 @@ def _dropout(ours: Side, theirs: Side, problem: Problem, dtype: str) -> Iterator
             return drawn if (side, d) == (drawing, dtype) else side.train(cfg, problem.weights, problem.batches, d, masks)[0]
 
         yield from (
-            dataclasses.replace(row, name=f"{row.name} ({whose})") for row in _measure(ours, theirs, dtype, run, problem.weights, _KEY_BIAS)
+            dataclasses.replace(row, name=f"{row.name} ({whose})")
+            for row in _measure(ours, theirs, dtype, run, problem.weights, own_gradients=True)
         )
         yield Row(f"chance ({whose})", difference=improbability(masks, 1 - cfg.model.drop_rate))
 
@@ -255,10 +258,10 @@ def _dropout(ours: Side, theirs: Side, problem: Problem, dtype: str) -> Iterator
 def improbability(masks: list[Tensors], keep_rate: float) -> float:
     """Largest number of standard deviations by which the masks differ from independent draws.
 
-    Looked at are the share of elements that each mask keeps, and the share at which two masks of one shape, of any layers or updates,
-    agree.
+    Looked at are the share of elements that each mask keeps, and the share at which two masks of one shape, of any layers and of the first
+    three updates, agree.
     """
-    arrays = [keep for update in masks for keep in update.values()]
+    arrays = [keep for update in masks[:3] for keep in update.values()]
     pairs = [(a, b) for a, b in itertools.combinations(arrays, 2) if a.shape == b.shape]
     shares = [(keep, keep_rate) for keep in arrays]
     shares += [(a == b, keep_rate**2 + (1 - keep_rate) ** 2) for a, b in pairs]
@@ -309,6 +312,11 @@ def _is_tie(theirs: Side, options: tuple, noise: Callable[[int], np.ndarray], ro
 
 def _sampler(temperature: float, top_k: int | None) -> str:
     return f"temperature {temperature:g}" + (f", top-k {top_k}" if top_k else "")
+
+
+def _at_least_float32(dtype: str) -> str:
+    """What gradients are clipped and parameters updated in, in a model of this precision."""
+    return "float64" if dtype == "float64" else "float32"
 
 
 def _plain(problem: Problem, drop_rate: float) -> TrainConfig:

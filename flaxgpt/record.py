@@ -166,7 +166,7 @@ def _clip(grads: Params, limit: float) -> tuple[Params, jax.Array]:
     return clip_by_global_norm(limit).update(grads, optax.EmptyState())[0], optax.tree.norm(grads)
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnums=(0, 2, 3))
 def _adamw(params: Params, grads: Params, mu: Params, nu: Params, step: int, cfg: TrainConfig) -> tuple[Params, optax.OptState]:
     tx = make_optimizer(cfg)
     opt_state = optax.tree.set(tx.init(params), mu=mu, nu=nu, count=jnp.int32(step))

@@ -1,6 +1,4 @@
-"""The same weights give the same numbers on both sides."""
-
-import functools
+"""The same weights give the same numbers on both sides, for any shape; what dropout and the initialisers are. See also test_ladder.py."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +19,7 @@ from torch_ref import model as torch_model
 from torch_ref.generate import generate_text_simple
 from torch_ref.train import calc_loss_batch
 
-LOGITS_BOUND, LOSS_BOUND, GRADIENT_BOUND = 2e-6, 3e-6, 5e-6
+LOGITS_BOUND, LOSS_BOUND = 2e-6, 3e-6
 
 
 @st.composite
@@ -39,7 +37,7 @@ def configs(draw: st.DrawFn) -> GPTConfig:
     )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(cfg=configs(), data=st.data())
 def test_logits_loss_and_greedy_text_are_equal_for_any_config(cfg, data):
     batch, length, seed = data.draw(st.integers(1, 3)), data.draw(st.integers(1, cfg.context_length)), data.draw(st.integers(0, 999))
@@ -59,91 +57,6 @@ def test_logits_loss_and_greedy_text_are_equal_for_any_config(cfg, data):
     ours = generate(params, cfg, tokens, new)
     theirs = generate_text_simple(reference, torch.from_numpy(tokens), new, cfg.context_length)
     np.testing.assert_array_equal(ours, theirs, err_msg=f"greedy text differs for {cfg}")
-
-
-@pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"tie_embeddings": True}, {"remat": True}], ids=str)
-def test_every_gradient_is_equal(options):
-    cfg = SMALL.replace(**options)
-    reference, params = random_pair(cfg)
-    tokens, targets = random_ids(cfg, (3, 16)), random_ids(cfg, (3, 16), seed=1)
-    calc_loss_batch(reference, torch.from_numpy(tokens), torch.from_numpy(targets)).backward()
-    # Gradients go through the same table as the weights.
-    expected = from_torch({name: parameter.grad for name, parameter in reference.named_parameters()}, cfg)
-    gradients = jax.grad(lambda p: next_token_loss(GPT(cfg).apply({"params": p}, tokens), targets))(params)
-    for (path, ours), theirs in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(expected), strict=True):
-        name = jax.tree_util.keystr(path)
-        if "W_key" in name and "bias" in name:
-            # Softmax ignores what all keys share, so this gradient is zero and both sides hold rounding alone.
-            scale = np.linalg.norm(gradients["trf_blocks"]["att"]["W_query"]["bias"])
-            assert max(np.abs(ours).max(), np.abs(theirs).max()) < 1e-6 * scale
-            continue
-        assert_close("every gradient", ours, theirs, GRADIENT_BOUND, where=f"{name} {options or ''}")
-
-
-PLANTED = {
-    "layer norm with eps 1e-3": (flax_model.jax.lax, "rsqrt", lambda v: 1 / jnp.sqrt(v + 1e-3)),
-    "erf GELU": (flax_model.jax.nn, "gelu", lambda x, approximate: 0.5 * x * (1 + jax.scipy.special.erf(x / 2**0.5))),
-    "mask off by one": (flax_model.jnp, "tril", functools.partial(jnp.tril, k=1)),
-}
-
-
-@pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_bug_is_seen_in_the_logits(bug, monkeypatch):
-    reference, params = random_pair(SMALL)
-    tokens = random_ids(SMALL, (2, 16))
-    with torch.no_grad():
-        expected = reference(torch.from_numpy(tokens))
-    assert relative(GPT(SMALL).apply({"params": params}, tokens), expected) < LOGITS_BOUND
-    monkeypatch.setattr(*PLANTED[bug])
-    assert relative(GPT(SMALL).apply({"params": params}, tokens), expected) > 10 * LOGITS_BOUND
-
-
-class FixedDropout(torch.nn.Module):
-    """Dropout whose mask is given, in place of nn.Dropout."""
-
-    def __init__(self, keep, rate):
-        super().__init__()
-        self.keep, self.rate = torch.from_numpy(np.array(keep)), rate
-
-    def forward(self, x):
-        return x * self.keep / (1 - self.rate)
-
-
-def test_dropout_masks_handed_in_give_the_logits_and_gradients_of_the_reference_with_the_same_masks():
-    cfg = SMALL.replace(drop_rate=0.3)
-    reference, params = random_pair(cfg)
-    rng = np.random.default_rng(0)
-    B, T, L = 2, 16, cfg.n_layers
-
-    def masks(*shape):
-        return {"keep": rng.random(shape) > cfg.drop_rate}
-
-    given = {
-        "drop_emb": masks(B, T, cfg.emb_dim),
-        "trf_blocks": {
-            "att": {"dropout": masks(L, B, cfg.n_heads, T, T)},
-            "drop_shortcut1": masks(L, B, T, cfg.emb_dim),
-            "drop_shortcut2": masks(L, B, T, cfg.emb_dim),
-        },
-    }
-    reference.drop_emb = FixedDropout(given["drop_emb"]["keep"], cfg.drop_rate)
-    blocks = given["trf_blocks"]
-    for i, block in enumerate(reference.trf_blocks):
-        block.att.dropout = FixedDropout(blocks["att"]["dropout"]["keep"][i], cfg.drop_rate)
-        block.drop_shortcut1 = FixedDropout(blocks["drop_shortcut1"]["keep"][i], cfg.drop_rate)
-        block.drop_shortcut2 = FixedDropout(blocks["drop_shortcut2"]["keep"][i], cfg.drop_rate)
-    tokens = random_ids(cfg, (B, T))
-    expected = reference(torch.from_numpy(tokens))
-    variables = {"params": params, "dropout_masks": given}
-    logits, pull_back = jax.vjp(lambda v: GPT(cfg).apply(v, tokens, deterministic=False), variables)
-    assert_close("logits, the same dropout masks", logits, expected.detach(), LOGITS_BOUND)
-    direction = rng.standard_normal(logits.shape).astype(np.float32)
-    expected.backward(torch.from_numpy(direction))
-    (gradients,) = pull_back(direction)
-    theirs = from_torch({name: parameter.grad for name, parameter in reference.named_parameters()}, cfg)
-    for (path, ours), wanted in zip(jax.tree.leaves_with_path(gradients["params"]), jax.tree.leaves(theirs), strict=True):
-        assert_close("gradients, the same dropout masks", ours, wanted, GRADIENT_BOUND, where=jax.tree_util.keystr(path))
-    assert relative(GPT(cfg).apply({"params": params}, tokens), expected.detach()) > 0.1, "the masks make no difference"
 
 
 def test_dropout_is_a_function_of_its_key_and_keeps_the_mean():

@@ -25,7 +25,14 @@ def config(private_cache, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     model = SMALL.replace(drop_rate=0.2)
     return TrainConfig(
-        model=model, data=str(tmp_path / "text.txt"), tokenizer="char", batch_size=4, max_steps=20, eval_every=5, eval_batches=3, sample_tokens=8
+        model=model,
+        data=str(tmp_path / "text.txt"),
+        tokenizer="char",
+        batch_size=4,
+        max_steps=20,
+        eval_every=5,
+        eval_batches=3,
+        sample_tokens=8,
     )
 
 
