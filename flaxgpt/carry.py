@@ -103,7 +103,11 @@ def options_from_torch(optimizer_state: Mapping[str, Any]) -> dict[str, Any]:
         InputError: it is not the state of an AdamW as `torch_ref.train.make_optimizer` makes it.
     """
     groups = optimizer_state.get("param_groups", ())
-    if len(groups) not in (1, 2) or not all({"lr", "betas", "eps", "weight_decay"} <= set(group) for group in groups):
+    if (
+        "state" not in optimizer_state
+        or len(groups) not in (1, 2)
+        or not all({"lr", "betas", "eps", "weight_decay"} <= set(group) for group in groups)
+    ):
         raise InputError("the optimizer's state is not that of an AdamW with one group, or two of which one does not decay")
     (beta1, beta2), first = groups[0]["betas"], groups[0]
     options = {"eps": first["eps"], "weight_decay": first["weight_decay"], "decay": "all" if len(groups) == 1 else "matrices"}

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -18,9 +19,17 @@ jax.config.update("jax_default_matmul_precision", "float32")
 # Many tests compile the same small programs; those of one session are shared through this folder.
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="flaxgpt-tests-"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-torch.set_num_threads(os.cpu_count() or 1)
+torch.set_num_threads(1)  # small models gain nothing by more, and wait for each other when other processes want the cores
 
 SMALL = GPTConfig(vocab_size=97, context_length=16, emb_dim=32, n_heads=4, n_layers=2, drop_rate=0.0)
+
+
+@pytest.fixture(scope="module")
+def all_cores() -> Iterator[None]:
+    """For models of 124M parameters."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

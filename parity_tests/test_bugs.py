@@ -25,7 +25,7 @@ def slowly(bug):
     return pytest.param(bug, id=f"{bug.side}: {bug.name}", marks=() if bug.name in FAST else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("bug", map(slowly, BUGS))
+@pytest.mark.parametrize("bug", [slowly(bug) for bug in BUGS])
 def test_a_planted_bug_is_caught_on_its_rung(bug, problem):
     # In float64, where bounds are a billion times tighter; a report in any precision has that column.
     with planted(bug) as side:

@@ -81,7 +81,7 @@ def test_dropout_masks_that_are_not_independent_draws_are_noticed():
     fair = [{"a": rng.random((40, 50)) > 0.1, "b": rng.random((40, 50)) > 0.1} for _ in range(3)]
     assert ladder.improbability(fair, 0.9) < 5
     assert ladder.improbability([{"a": rng.random((40, 50)) > 0.2}], 0.9) > 7, "the wrong rate"
-    assert ladder.improbability([*fair, {"a": fair[0]["b"]}], 0.9) > 7, "a mask used twice"
+    assert ladder.improbability([fair[0], {"a": fair[0]["b"]}], 0.9) > 7, "a mask used twice"
 
 
 def test_records_with_other_names_or_shapes_are_not_compared():
@@ -116,6 +116,6 @@ def test_the_whole_ladder_passes_in_bfloat16_for_10_seeds():
 
 
 @pytest.mark.slow  # about five minutes on two cores, 13 GB of memory
-def test_the_whole_ladder_passes_for_the_124m_reference():
+def test_the_whole_ladder_passes_for_the_124m_reference(all_cores):
     cfg = TrainConfig.preset("verdict-124m")
     assert_passed(climb(ladder.make_problem(cfg, batch=1, length=32, steps=2)), "verdict-124m")

@@ -126,7 +126,7 @@ def broken(change):
             lambda s: s.update({"final_norm.scale": torch.ones(31), "final_norm.shift": torch.ones(33)}),
             "final_norm.shift is (33,), expected",
         ),
-        (lambda s: s["trf_blocks.1.norm1.shift"].fill_(np.nan), "1 of 28 tensors, the first trf_blocks.1.norm1.shift with nan at [0]"),
+        (lambda s: s["trf_blocks.1.norm1.shift"].fill_(np.nan), "1 of 31 tensors, the first trf_blocks.1.norm1.shift with nan at [0]"),
         (lambda s: s.update({"note": "text"}), "holds no state_dict"),
     ],
 )

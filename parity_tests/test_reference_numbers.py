@@ -24,6 +24,8 @@ from torch_ref.generate import generate_text_simple
 from torch_ref.model import GPTModel
 from torch_ref.train import calc_loss_loader, evaluate_model, train
 
+pytestmark = pytest.mark.usefixtures("all_cores")
+
 VERDICT = TrainConfig.preset("verdict-124m")
 SHAPE = {"vocab_size": 50257, "context_length": 256, "emb_dim": 768, "n_heads": 12, "n_layers": 12}
 SEVEN = SHAPE | {"drop_rate": 0.1, "qkv_bias": False}

@@ -17,7 +17,10 @@ from torch_ref.replay import recorded_run
 from torch_ref.train import train as train_torch
 
 TEXT = "the cat sat on the mat and the dog sat on the log; " * 20
-FLAGS = "--tokenizer char --context-length 16 --emb-dim 32 --n-heads 4 --n-layers 2 --batch-size 4 --max-steps 20 --sample-tokens 8"
+FLAGS = (
+    "--tokenizer char --context-length 16 --emb-dim 32 --n-heads 4 --n-layers 2 --batch-size 4 "
+    "--max-steps 20 --sample-tokens 8 --prompt the"
+)
 
 
 @pytest.fixture
@@ -89,7 +92,7 @@ def test_the_script_compares_evaluations_and_samples_and_draws_them(config, tmp_
 
 def test_the_script_fails_when_the_runs_part(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("flaxgpt.record.make_optimizer", lambda cfg: _optimizer(cfg.replace(weight_decay=0.5, learning_rate=2e-3)))
-    flags = ["--data", config.data, "--out-dir", str(tmp_path / "out"), *FLAGS.split(), "--n-layers", "1"]  # compiled by no other test
+    flags = ["--data", config.data, "--out-dir", str(tmp_path / "out"), *FLAGS.split(), "--n-layers=1"]  # compiled by no other test
     assert run_script(monkeypatch, *flags) == 1
     assert "seen in the third decimal from step" in capsys.readouterr().out
 
