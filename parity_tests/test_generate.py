@@ -6,8 +6,10 @@ import torch
 from conftest import SMALL, random_ids, random_pair
 from scipy import stats
 
-from flaxgpt.generate import _decode, generate
-from flaxgpt.sampling import keep_top_k, sample
+from flaxgpt.decode import decode
+from flaxgpt.generate import generate
+from flaxgpt.processors import keep_top_k
+from flaxgpt.sampling import sample
 from torch_ref import generate as torch_generate
 
 # The toy vocabulary: closer every effort forward inches moves pizza toward you.
@@ -34,10 +36,10 @@ def test_prompts_of_any_length_continue_as_the_reference_does(pair, length):
 
 
 def test_one_compilation_serves_all_prompts_of_a_bucket(pair):
-    _decode.clear_cache()
+    decode.clear_cache()
     for length, new in ((3, 10), (4, 50), (20, 44)):
         generate(pair[1], SMALL, random_ids(SMALL, (1, length)), new)
-    assert _decode._cache_size() == 1
+    assert decode._cache_size() == 1
 
 
 def test_an_ended_row_holds_only_the_end_token(pair):
