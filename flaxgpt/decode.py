@@ -47,8 +47,11 @@ def unstack(params: Any, cfg: GPTConfig) -> Any:
     def convert(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         return x.astype(cfg.dtype) if path[-1].key in ("kernel", "embedding") else jnp.asarray(x)
 
+    def block(i: int) -> Any:
+        return jax.tree.map(lambda x: x[i], params["trf_blocks"])
+
     params = jax.tree_util.tree_map_with_path(convert, params)
-    return params | {"trf_blocks": tuple(jax.tree.map(lambda x: x[i], params["trf_blocks"]) for i in range(cfg.n_layers))}
+    return params | {"trf_blocks": tuple(map(block, range(cfg.n_layers)))}
 
 
 def forward(params: Any, cfg: GPTConfig, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -161,9 +164,7 @@ def decode(
     return state
 
 
-def _add_token(
-    state: State, logits_BV: jax.Array, room: int, chain: Chain, keys_B: jax.Array | None, eos_id: jax.Array
-) -> State:
+def _add_token(state: State, logits_BV: jax.Array, room: int, chain: Chain, keys_B: jax.Array | None, eos_id: jax.Array) -> State:
     """Choose a token for each row and write it down; a row that has ended gets the end token again."""
     B = logits_BV.shape[0]
     ids_B = choose(chain(logits_BV, state.seen), keys_B, state.t)

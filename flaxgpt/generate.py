@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flaxgpt.config import GPTConfig
@@ -125,9 +124,16 @@ class Request:
         functions: Sequence[Function] = (),
         **settings: Any,
     ) -> Request:
-        """Check the arguments of `generate` and these further ones.
+        """Check the arguments.
 
         Args:
+            params: as in `generate`, and so are cfg, prompt_ids, max_new_tokens, temperature, eos_id and key.
+            cfg: see there.
+            prompt_ids: see there.
+            max_new_tokens: see there.
+            temperature: see there.
+            eos_id: see there.
+            key: see there.
             prompt_mask: (B, T) booleans, false for the padding at the left of each row of `prompt_ids`.
             num_samples: continuations of each prompt, which is read once for all of them.
             top_log_probs: return the log-probabilities of the new tokens, and of this many of the likeliest.
@@ -198,6 +204,10 @@ class Request:
         """The state with `until` new tokens, or fewer if all rows have ended. The one handed in is used up."""
         return decode(self.params, self.cfg, state, np.int32(until), self.chain, self.keys_B, self.eos_id, room=self.room)
 
+    def stopped(self, state: State, rows: Sequence[bool]) -> State:
+        """The state in which these rows have ended as well."""
+        return state._replace(ended_B=state.ended_B | np.asarray(rows))
+
     def completion(self, state: State | None) -> Completion:
         """The new tokens so far, on the host; none for no state."""
         B, T = len(self.prompts), self.max_new_tokens
@@ -221,7 +231,10 @@ def _as_prompts(prompt_ids: Any, prompt_mask: Any, vocab_size: int) -> list[np.n
     except TypeError:
         rows = []
     if not rows or any(row.ndim != 1 or not row.size for row in rows):
-        raise InputError(f"prompt_ids has {len(rows)} rows of shapes {[row.shape for row in rows][:5]}: expected some, of at least one token each")
+        shapes = [row.shape for row in rows][:5]
+        raise InputError(
+            f"prompt_ids has {len(rows)} rows, the first of shapes {shapes}: expected (batch, tokens), at least one token each"
+        )
     if prompt_mask is not None:
         mask_BT = np.asarray(prompt_mask, bool)
         if any(row.shape != mask_BT.shape[1:] for row in rows) or mask_BT.shape[0] != len(rows):

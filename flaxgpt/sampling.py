@@ -57,6 +57,7 @@ def sample(
     return choose(Chain.of(config, functions)(logits_BV, seen), row_keys(config, key, logits_BV.shape[0]))
 
 
+@functools.partial(jax.jit, static_argnames="shape_BV")
 def gumbel_noise(key: jax.Array, t: int | jax.Array, shape_BV: tuple[int, int]) -> jax.Array:
     """The noise that decides new token number t (from 0): it is argmax(processed logits + noise), row by row.
 

@@ -14,7 +14,7 @@ from flaxgpt.errors import InputError
 class SamplingConfig(_Config):
     """Settings in the order in which they act: the first five always, the others when drawing (temperature above 0)."""
 
-    logit_bias: Mapping = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Token id -> what is added to its logit."""
     repetition_penalty: float | None = None
     """Divides positive logits of the tokens in the prompt and in the new text, multiplies negative ones (Keskar et al. 2019)."""
@@ -22,7 +22,7 @@ class SamplingConfig(_Config):
     """Subtracted from the logits of the tokens in the new text."""
     frequency_penalty: float | None = None
     """Subtracted from them once for each time they occur there."""
-    banned: tuple = ()
+    banned: tuple[int, ...] = ()
     """Token ids that are never chosen."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token (the first of equal ones)."""

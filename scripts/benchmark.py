@@ -11,6 +11,7 @@ Compilation and the first call of each are not timed. Weights are random. `pip i
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def generate(args: BenchmarkArgs, cfg: GPTConfig) -> None:
     sides = {"flaxgpt": flaxgpt_generate(cfg), "Hugging Face": hugging_face_generate(cfg)}
     for batch in args.batch:
         prompt_BT = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, args.prompt_tokens))
-        calls = {name: (lambda side=side: side(prompt_BT, args.new_tokens)) for name, side in sides.items()}
+        calls = {name: functools.partial(side, prompt_BT, args.new_tokens) for name, side in sides.items()}
         tokens = batch * args.new_tokens
         report(f"batch {batch}, {args.dtype}", "tokens/s", {name: tokens / s for name, s in medians(calls, args.rounds).items()})
 
