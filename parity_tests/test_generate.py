@@ -24,6 +24,15 @@ V, C = SMALL.vocab_size, SMALL.context_length
 TIED = GPTConfig(vocab_size=61, context_length=24, emb_dim=24, n_heads=2, n_layers=3, drop_rate=0.0, qkv_bias=True, tie_embeddings=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_torch_thread():
+    """The reference's tensors are so small here that a second thread only waits; on a busy machine a hundred times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def pair():
     return random_pair(SMALL)
@@ -60,7 +69,7 @@ numbers = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(lengths, st.integers(0, 2**31), st.integers(1, 30), numbers)
 def test_ragged_rows_with_every_processor_are_the_references(pair, params, lengths, seed, new, numbers):
     prompts = [random_ids(SMALL, (length,), seed + b).tolist() for b, length in enumerate(lengths)]
@@ -192,17 +201,19 @@ def test_memory_beyond_the_cache_does_not_grow_with_the_number_of_tokens(params)
 
 def test_no_weight_is_copied_converted_or_transposed_while_decoding():
     cfg = SMALL.replace(emb_dim=36, n_heads=3, context_length=512, dtype="bfloat16")
-    D, F = cfg.emb_dim, 4 * cfg.emb_dim
-    traced = decode.trace(unstack(random_pair(cfg)[1], cfg), cfg, *decode_arguments(cfg), room=64)
-    loop = str(traced.jaxpr)
-    weights = rf"\[({D},{D}|{D},{F}|{F},{D}|{V},{D}|{D},{V})\]"
-    made = re.findall(rf"(\w+):\w+{weights} = (\w+)", loop)
-    assert not [primitive for _, _, primitive in made if primitive not in ("pjit", "jit")], made
+    params = random_pair(cfg)[1]
+    converted = unstack(params, cfg)
 
+    def made_in_the_loop(params):
+        """The primitives whose results have the shape of a weight matrix."""
+        request = Request.of(converted, cfg, random_ids(cfg, (1, 5)), 10)
+        jaxpr = str(decode.trace(params, cfg, request.prefill(), np.int32(10), request.chain, None, request.eos_id, room=64).jaxpr)
+        D, F = cfg.emb_dim, 4 * cfg.emb_dim
+        return set(re.findall(rf":\w+\[(?:{D},{D}|{D},{F}|{F},{D}|{V},{D}|{D},{V})\] = (\w+)", jaxpr))
 
-def decode_arguments(cfg):
-    request = Request.of(unstack(random_pair(cfg)[1], cfg), cfg, random_ids(cfg, (1, 5)), 10)
-    return request.prefill(), np.int32(10), request.chain, None, request.eos_id
+    assert made_in_the_loop(converted) == set()
+    in_float32 = jax.tree.map(lambda x: x.astype(jnp.float32), converted)
+    assert "convert_element_type" in made_in_the_loop(in_float32), "what this test looks for"
 
 
 def test_an_ended_row_holds_only_the_end_token(pair):
@@ -288,7 +299,7 @@ def test_bfloat16_weights_are_converted_once_and_change_no_logit():
     full = GPT(cfg).apply({"params": params}, tokens)[:, -1]
     logits, _ = forward(converted, cfg, tokens, empty_cache(cfg, jnp.zeros(2, jnp.int32), 9))
     # Both round to eight bits after each operation, in the order that suits the compiler.
-    assert_close("logits in bfloat16, cached against the full pass", logits, full, 3e-2)
+    assert_close("logits in bfloat16, cached against the full pass", logits, full, 2e-2)
     assert generate(params, cfg, tokens, 20).shape == (2, 29)
 
 

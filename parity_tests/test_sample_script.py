@@ -81,12 +81,13 @@ def test_many_prompts_are_one_batch_of_json_lines(run, tmp_path):
 
 
 def test_interactive_continues_each_line(run, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the\n\nof\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the\n\nö\nof\n"))
     code, out, err = run("--interactive", "--max-new-tokens", 4, "--seed", 7, "--banned", 0)
     assert code == 0
     first, second = out.splitlines()
     assert (first[:3], second[:2]) == ("the", "of")
     assert "seed 7" in err
+    assert "'ö'" in err
     assert "seed 8" in err
     assert run("--prompt", "of", "--max-new-tokens", 4, "--seed", 8, "--banned", 0)[1] == second + "\n"
 

@@ -84,7 +84,7 @@ def main() -> None:
     model = (unstack(params, cfg.model), cfg.model, tokenizer)
     options = dataclasses.asdict(args.sampling) | {"stop": args.stop, "eos_id": args.eos_id}
     if args.interactive:
-        for i, line in enumerate(typed_lines()):
+        for i, line in enumerate(typed_lines(tokenizer)):
             write_stream(model, line, args.max_new_tokens, seed=(seed + i) % 2**32, options=options)
         return
     prompts = prompts or [cfg.prompt or ""]
@@ -128,15 +128,18 @@ def read_file(path: Path, flag: str) -> str:
         raise InputError(f"{flag}: can't read {path} ({error.strerror})") from None
 
 
-def typed_lines() -> Iterator[str]:
-    """Lines from the keyboard (or a pipe), until its end; empty ones are asked for again."""
+def typed_lines(tokenizer: Any) -> Iterator[str]:
+    """Lines from the keyboard (or a pipe), until its end; those that are empty or can't be encoded are asked for again."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
-        if line:
-            yield line
+        try:
+            if tokenizer.encode(line):
+                yield line
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 def write_stream(model: tuple[Any, ...], prompt: str, max_new_tokens: int, *, seed: int, options: dict[str, Any]) -> None:
@@ -145,7 +148,7 @@ def write_stream(model: tuple[Any, ...], prompt: str, max_new_tokens: int, *, se
 
     from flaxgpt.stream import stream
 
-    print(f"seed {seed}", file=sys.stderr)
+    print(f"seed {seed}", file=sys.stderr, flush=True)
     started = time.perf_counter()
     pieces = stream(*model, prompt, max_new_tokens, key=jax.random.key(seed), **options)
     print(prompt, end="", flush=True)
