@@ -57,7 +57,7 @@ def parse(kind: type[T], args: list[str] | None = None, **options: Any) -> T:
             list(part) for rule, part in itertools.groupby(lines, lambda line: bool(re.fullmatch(r"[╭─╰-].*[╮─╯-]", line))) if not rule
         ]
         framed = frame.getvalue().startswith("╭") or len(parts) < 2
-        message = re.sub(r"^Error parsing config(\.\w+)?: ", "", " ".join(parts[0 if framed else 1]))
+        message = re.sub(r"^Error parsing \w+(\.\w+)?: ", "", " ".join(parts[0 if framed else 1]))
         raise InputError(f"{message}; --help lists the options") from None
 
 

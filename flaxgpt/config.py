@@ -308,7 +308,7 @@ def _is_a(value: Any, kind: Any) -> bool:
         return any(_is_a(value, k) for k in get_args(kind))
     if kind in (int, float):  # a bool is not a number here; an int does for a float
         return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
-    return isinstance(value, kind)
+    return isinstance(value, get_origin(kind) or kind)
 
 
 def _describe(kind: Any) -> str:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
+from flaxgpt.cache import LayerCache
 from flaxgpt.config import GPTConfig
 
 
@@ -52,7 +53,7 @@ class GPT(nn.Module):
         cfg, T = self.cfg, tokens_BT.shape[1]
         if T > cfg.context_length:
             raise ValueError(f"{T} tokens do not fit in context_length={cfg.context_length}; crop them to the last ones")
-        x_BTD = self.tok_emb(tokens_BT) + self.pos_emb(jnp.arange(T))
+        x_BTD = self.embed(tokens_BT, jnp.arange(T))
         x_BTD = tap(self, "embedding", self.drop_emb(x_BTD, deterministic))
 
         def block(module: TransformerBlock, x_BTD: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -67,6 +68,14 @@ class GPT(nn.Module):
         )(self.trf_blocks, x_BTD, None)
         return self.final_norm(x_BTD)
 
+    def embed(self, tokens_BT: jax.Array, positions: jax.Array) -> jax.Array:
+        """What enters the first block, before dropout; positions are (T,) or (B, T)."""
+        return self.tok_emb(tokens_BT) + self.pos_emb(positions)
+
+    def last_logits(self, x_BTD: jax.Array) -> jax.Array:
+        """What the last block returned -> logits_BV of the token after the last position."""
+        return self.logits(self.final_norm(x_BTD[:, -1:]))[:, 0]
+
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head: (B, T, D) features to float32 logits (B, T, V)."""
         head = self.out_head if not self.cfg.tie_embeddings else lambda x_BTD: _head(x_BTD, self.tok_emb.embedding.T)
@@ -74,7 +83,10 @@ class GPT(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); dropout on both before the shortcut is added."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); dropout on both before the shortcut is added.
+
+    Given a cache, x holds the tokens that follow those in it, and the longer cache is returned as well.
+    """
 
     cfg: GPTConfig
 
@@ -83,15 +95,19 @@ class TransformerBlock(nn.Module):
         self.att, self.ff = MultiHeadAttention(self.cfg), FeedForward(self.cfg)
         self.drop_shortcut1, self.drop_shortcut2 = Dropout(self.cfg.drop_rate), Dropout(self.cfg.drop_rate)
 
-    def __call__(self, x_BTD: jax.Array, deterministic: bool) -> jax.Array:
-        x_BTD = x_BTD + self.drop_shortcut1(self.att(self.norm1(x_BTD), deterministic), deterministic)
+    def __call__(self, x_BTD: jax.Array, deterministic: bool, cache: LayerCache | None = None) -> Any:
+        out_BTD = self.att(self.norm1(x_BTD), deterministic, cache)
+        if cache is not None:
+            out_BTD, cache = out_BTD
+        x_BTD = x_BTD + self.drop_shortcut1(out_BTD, deterministic)
         x_BTD = tap(self, "shortcut1", x_BTD)
         x_BTD = x_BTD + self.drop_shortcut2(self.ff(self.norm2(x_BTD)), deterministic)
-        return tap(self, "shortcut2", x_BTD)
+        x_BTD = tap(self, "shortcut2", x_BTD)
+        return x_BTD if cache is None else (x_BTD, cache)
 
 
 class MultiHeadAttention(nn.Module):
-    """Causal self-attention (Vaswani et al. 2017), scaled by 1/sqrt(H), softmax in float32."""
+    """Causal self-attention (Vaswani et al. 2017), scaled by 1/sqrt(H), softmax in float32. A cache is as in TransformerBlock."""
 
     cfg: GPTConfig
 
@@ -103,19 +119,23 @@ class MultiHeadAttention(nn.Module):
         self.out_proj = dense(cfg, cfg.emb_dim, cfg.emb_dim, residual=True)
         self.dropout = Dropout(cfg.drop_rate)
 
-    def __call__(self, x_BTD: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, deterministic: bool, cache: LayerCache | None = None) -> Any:
         B, T, D = x_BTD.shape
         N, H = self.cfg.n_heads, D // self.cfg.n_heads
         q_BTNH = tap(self, "query", self.W_query(x_BTD)).reshape(B, T, N, H)
         k_BSNH = tap(self, "key", self.W_key(x_BTD)).reshape(B, T, N, H)
         v_BSNH = tap(self, "value", self.W_value(x_BTD)).reshape(B, T, N, H)
+        visible = jnp.tril(jnp.ones((T, T), bool))
+        if cache is not None:
+            cache = cache.extend(k_BSNH, v_BSNH)
+            k_BSNH, v_BSNH, visible = cache.k_BNSH.swapaxes(1, 2), cache.v_BNSH.swapaxes(1, 2), cache.visible_BTS(T)[:, None]
         scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=_wide(x_BTD.dtype))
-        causal_TS = jnp.tril(jnp.ones((T, T), bool))
-        weights_BNTS = jax.nn.softmax(jnp.where(causal_TS, scores_BNTS * H**-0.5, -jnp.inf))
+        weights_BNTS = jax.nn.softmax(jnp.where(visible, scores_BNTS * H**-0.5, -jnp.inf))
         weights_BNTS = tap(self, "weights", weights_BNTS.astype(x_BTD.dtype))
         context_BTNH = jnp.einsum("BNTS,BSNH->BTNH", self.dropout(weights_BNTS, deterministic), v_BSNH)
         context_BTD = tap(self, "context", context_BTNH.reshape(B, T, D))
-        return tap(self, "out", self.out_proj(context_BTD))
+        out_BTD = tap(self, "out", self.out_proj(context_BTD))
+        return out_BTD if cache is None else (out_BTD, cache)
 
 
 class FeedForward(nn.Module):

@@ -23,7 +23,8 @@ from flaxgpt.loss import next_token_loss
 from flaxgpt.model import GPT
 from flaxgpt.optim import clip_by_global_norm, make_optimizer
 from flaxgpt.parity import Tensors, tap_names
-from flaxgpt.sampling import gumbel_noise, sample
+from flaxgpt.sampling import Chain, choose, gumbel_noise, row_keys
+from flaxgpt.sampling_config import SamplingConfig
 from flaxgpt.state import Params, TrainState
 from flaxgpt.train import make_train_step
 
@@ -110,7 +111,9 @@ def generate(
 
 def draw(logits_BV: np.ndarray, temperature: float, top_k: int | None, seed: int) -> np.ndarray:
     """One token for each row of logits, drawn with `noise(seed)` of token 0."""
-    return np.asarray(sample(jnp.asarray(logits_BV), jax.random.fold_in(jax.random.key(seed), 0), temperature, top_k))
+    config = SamplingConfig(temperature=temperature, top_k=top_k)
+    processed_BV = Chain.of(config)(jnp.asarray(logits_BV))
+    return np.asarray(choose(processed_BV, row_keys(config, jax.random.key(seed), len(logits_BV)), t=0))
 
 
 def noise(seed: int, shape_BV: tuple[int, int]) -> Callable[[int], np.ndarray]:

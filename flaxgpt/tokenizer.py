@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
         """The text of token ids."""
         ...
 
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The text of token ids in UTF-8; a token can be a part of a character."""
+        ...
+
     def to_dict(self) -> dict[str, Any]:
         """What `tokenizer_from_dict` needs to build it again."""
         ...
@@ -62,7 +66,11 @@ class GPT2Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids; bytes that are not UTF-8 become U+FFFD. InputError for an id out of range."""
-        return _gpt2_encoding().decode(_checked(ids, self.vocab_size))
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of these ids, which need not be whole characters. InputError for an id out of range."""
+        return _gpt2_encoding().decode_bytes(_checked(ids, self.vocab_size))
 
     def to_dict(self) -> dict[str, Any]:
         """What `tokenizer_from_dict` needs to build it again."""
@@ -89,6 +97,10 @@ class CharTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids. InputError for an id out of range."""
         return "".join(self.chars[i] for i in _checked(ids, self.vocab_size))
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The text of these ids in UTF-8. InputError for an id out of range."""
+        return self.decode(ids).encode()
 
     def to_dict(self) -> dict[str, Any]:
         """What `tokenizer_from_dict` needs to build it again."""

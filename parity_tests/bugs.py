@@ -90,6 +90,11 @@ _RATE = """learning_rate(step, cfg)
 _BLOCK = "x_BTD = x_BTD + self.drop_shortcut1"
 _ABOVE = "logits_BV < kth_B1"
 _ABOVE_TORCH = "logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)"
+_TOP_K = "processors.keep_top_k(logits_BV, self.top_k)"
+_TOP_K_BEFORE = """jnp.where(
+                logits_BV < jax.lax.top_k(logits_BV * numbers["temperature"], min(self.top_k, 20))[0][:, -1:], -jnp.inf, logits_BV
+            )"""
+
 
 BUGS = (
     Bug("layer norm with eps 1e-6", "activations", _FLAX, "variance + 1e-5", "variance + 1e-6", "trf_blocks.0.norm1.out"),
@@ -149,9 +154,21 @@ BUGS = (
     ),
     Bug("causal mask off by one", "activations", _FLAX, _CAUSAL, "jnp.tril(jnp.ones((T, T), bool), k=1)", "trf_blocks.0.att.weights"),
     Bug("causal mask off by one", "activations", _TORCH, "diagonal=1)", "diagonal=2)", "trf_blocks.0.att.weights"),
-    Bug("positions off by one", "activations", _FLAX, "self.pos_emb(jnp.arange(T))", "self.pos_emb(jnp.arange(1, T + 1) % T)", "embedding"),
     Bug(
-        "positions off by one", "activations", _TORCH, "torch.arange(T, device=tokens_BT.device)", "torch.arange(1, T + 1) % T", "embedding"
+        "positions off by one",
+        "activations",
+        _FLAX,
+        "self.embed(tokens_BT, jnp.arange(T))",
+        "self.embed(tokens_BT, jnp.arange(1, T + 1) % T)",
+        "embedding",
+    ),
+    Bug(
+        "positions off by one",
+        "activations",
+        _TORCH,
+        "torch.arange(first, T, device=tokens_BT.device)",
+        "torch.arange(1, T + 1) % T",
+        "embedding",
     ),
     Bug("head tied when it should not be", "activations", _FLAX, "self.out_head if not self.cfg.tie_embeddings else", ""),
     Bug("head tied when it should not be", "activations", _TORCH, "if cfg.tie_embeddings:", "if True:"),
@@ -196,13 +213,21 @@ BUGS = (
     ),
     Bug("dropout mask reused across layers", "dropout", _FLAX, '"dropout": True}', '"dropout": False}'),
     Bug("dropout mask reused across layers", "dropout", _TORCH, _BLOCK, f"torch.manual_seed(0)\n        {_BLOCK}"),
-    Bug("top-k that drops ties", "generation", "flaxgpt.sampling", _ABOVE, "jnp.argsort(jnp.argsort(-logits_BV)) >= top_k"),
+    Bug("top-k that drops ties", "generation", "flaxgpt.processors", _ABOVE, "jnp.argsort(jnp.argsort(-logits_BV)) >= top_k"),
     Bug(
         "top-k that drops ties",
         "generation",
-        "torch_ref.generate",
+        "torch_ref.sampling",
         _ABOVE_TORCH,
-        "torch.where((-logits_BV).argsort().argsort() < top_k, logits_BV, -torch.inf)",
+        "torch.where((-logits_BV).argsort().argsort() < config.top_k, logits_BV, -torch.inf)",
+    ),
+    Bug("temperature applied after the mask's threshold", "generation", "flaxgpt.sampling", _TOP_K, _TOP_K_BEFORE),
+    Bug(
+        "temperature applied after the mask's threshold",
+        "generation",
+        "torch_ref.sampling",
+        "torch.topk(logits_BV,",
+        "torch.topk(logits_BV * config.temperature,",
     ),
 )
 """Each is planted alone. A bug inside torch.optim has no line here to change, so only flaxgpt has it."""

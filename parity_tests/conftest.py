@@ -1,8 +1,10 @@
 """Fixtures that several files of tests share. Nothing here downloads anything."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +23,7 @@ jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="flaxgpt-
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 torch.set_num_threads(1)  # small models gain nothing by more, and wait for each other when other processes want the cores
 
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = GPTConfig(vocab_size=97, context_length=16, emb_dim=32, n_heads=4, n_layers=2, drop_rate=0.0)
 
 
@@ -45,6 +48,24 @@ def private_cache(tmp_path, monkeypatch):
     """A cache folder that is empty, so that a test neither sees nor changes the user's."""
     monkeypatch.setenv("FLAXGPT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, private_cache, tmp_path):
+    """Run a script's main in this process, in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *args):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / f"{script.__name__}.py"), *map(str, args)])
+        code = 0
+        try:
+            script.main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
 
 
 def random_pair(cfg: GPTConfig, seed: int = 0) -> tuple[GPTModel, dict]:

@@ -3,17 +3,30 @@
 Examples:
   sample.py --checkpoint runs/tiny --prompt "The value of"
   sample.py --checkpoint runs/shakespeare-char --prompt "ROMEO:" --temperature 0.8 --top-k 10 --num-samples 3
+  sample.py --checkpoint runs/tiny --prompt FILE:start.txt --stream      # the prompt from a file; - is standard input
+  sample.py --checkpoint runs/tiny --prompts many.txt --json             # a prompt on each line, all in one batch
+  sample.py --checkpoint runs/tiny --interactive --top-p 0.9 --stop . "?"
+
+Text goes to standard output; the seed, which repeats it, and the speed to standard error.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import secrets
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import tyro
 
 from flaxgpt.cli import one_line_errors, parse
 from flaxgpt.errors import InputError
+from flaxgpt.sampling_config import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -23,58 +36,158 @@ class SampleArgs:
     checkpoint: Path
     """A run folder."""
     prompt: str | None = None
-    """Text to continue; None: the prompt of the run's own samples."""
+    """Text to continue, FILE:path for the text of a file, or - for standard input; None: the prompt of the run's own samples."""
+    prompts: Path | None = None
+    """A file with a prompt on each line."""
+    interactive: bool = False
+    """Continue each line that is typed, as it is typed; lines know nothing of each other."""
     max_new_tokens: int = 200
-    """Tokens to add to the prompt."""
-    temperature: float = 0.8
-    """Divides the logits before drawing; 0 always takes the likeliest token."""
-    top_k: int | None = None
-    """Draw among the k likeliest tokens; None: among all."""
+    """Tokens to add to each prompt."""
     num_samples: int = 1
-    """Continuations of the prompt, drawn side by side."""
-    seed: int = 123
-    """The same seed and settings give the same text."""
+    """Continuations of each prompt, drawn side by side."""
+    stop: tuple[str, ...] = ()
+    """The new text ends before the first of these strings."""
+    eos_id: int | None = None
+    """The new text ends at this token (50256 is GPT-2's end of a text)."""
+    stream: bool = False
+    """Write the text as it comes; one prompt, one sample."""
+    json: bool = False
+    """A line of JSON for each sample: prompt, text, ids, log-probabilities, what ended it, seed, timing."""
+    top_log_probs: int = 0
+    """Likeliest tokens at each place to put into the JSON, with their log-probabilities."""
+    seed: int | None = None
+    """The same seed and settings give the same text; None: a new one, which is shown."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = field(default_factory=lambda: SamplingConfig(temperature=0.8))
 
 
 @one_line_errors
 def main() -> None:
     """Parse the flags, load the run, generate, print."""
     args = parse(SampleArgs, description=__doc__)
-    if args.num_samples < 1:
-        raise InputError(f"num_samples={args.num_samples}: expected at least 1")
-    if not 0 <= args.seed < 2**32:
+    if args.seed is not None and not 0 <= args.seed < 2**32:
         raise InputError(f"seed={args.seed}: expected a value in [0, 2**32)")
+    if (args.prompt is not None) + (args.prompts is not None) + args.interactive > 1:
+        raise InputError("--prompt, --prompts and --interactive exclude each other")
+    if args.json and (args.stream or args.interactive):
+        raise InputError("--json prints whole samples: leave out --stream and --interactive")
+    if args.num_samples > 1 and (args.stream or args.interactive):
+        raise InputError(f"num_samples={args.num_samples}: one text can be streamed at a time")
+    prompts = read_prompts(args)
+    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
 
     import jax
-    import numpy as np
 
     from flaxgpt.checkpoint import load_run
-    from flaxgpt.generate import generate
+    from flaxgpt.decode import unstack
 
     params, cfg, tokenizer = load_run(args.checkpoint)
-    ids = tokenizer.encode(cfg.prompt or "" if args.prompt is None else args.prompt)
-    if not ids:
+    model = (unstack(params, cfg.model), cfg.model, tokenizer)
+    options = dataclasses.asdict(args.sampling) | {"stop": args.stop, "eos_id": args.eos_id}
+    if args.interactive:
+        for i, line in enumerate(typed_lines(tokenizer)):
+            write_stream(model, line, args.max_new_tokens, seed=(seed + i) % 2**32, options=options)
+        return
+    prompts = prompts or [cfg.prompt or ""]
+    if (longest := max(len(tokenizer.encode(prompt)) for prompt in prompts)) > cfg.model.context_length:
+        print(f"the prompt has {longest} tokens; the model sees the last {cfg.model.context_length}", file=sys.stderr)
+    if args.stream:
+        if len(prompts) > 1:
+            raise InputError(f"{args.prompts} has {len(prompts)} prompts: one text can be streamed at a time")
+        write_stream(model, prompts[0], args.max_new_tokens, seed=seed, options=options)
+        return
+    options |= {"num_samples": args.num_samples, "key": jax.random.key(seed)}
+    write_all(model, prompts, args, seed, options)
+
+
+def read_prompts(args: SampleArgs) -> list[str]:
+    """The prompts that the flags name; none if they name none."""
+    if args.prompts is not None:
+        lines = [line for line in read_file(args.prompts, "prompts").splitlines() if line]
+        if not lines:
+            raise InputError(f"prompts={args.prompts}: the file has no lines with text")
+        return lines
+    if args.prompt is None:
+        return []
+    text = args.prompt
+    if text == "-":
+        text = sys.stdin.read()
+    elif text.startswith("FILE:"):
+        text = read_file(Path(text.removeprefix("FILE:")), "prompt")
+    if not text:
         raise InputError("the prompt is empty: give at least one character with --prompt")
+    return [text]
+
+
+def read_file(path: Path, flag: str) -> str:
+    """The text of a file that a flag names."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{flag}: {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise InputError(f"{flag}: can't read {path} ({error.strerror})") from None
+
+
+def typed_lines(tokenizer: Any) -> Iterator[str]:
+    """Lines from the keyboard (or a pipe), until its end; those that are empty or can't be encoded are asked for again."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        try:
+            if tokenizer.encode(line):
+                yield line
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def write_stream(model: tuple[Any, ...], prompt: str, max_new_tokens: int, *, seed: int, options: dict[str, Any]) -> None:
+    """Write one continuation as it comes. Ctrl-C ends it after what was written."""
+    import jax
+
+    from flaxgpt.stream import stream
+
+    print(f"seed {seed}", file=sys.stderr, flush=True)
     started = time.perf_counter()
-    ids_BT = np.asarray(
-        generate(
-            params,
-            cfg.model,
-            np.tile(np.asarray(ids, np.int32), (args.num_samples, 1)),
-            args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            key=jax.random.key(args.seed),
-        )
-    )
+    pieces = stream(*model, prompt, max_new_tokens, key=jax.random.key(seed), **options)
+    print(prompt, end="", flush=True)
+    try:
+        while True:
+            print(next(pieces), end="", flush=True)
+    except StopIteration as done:
+        n_tokens = len(done.value.ids)
+    finally:
+        print(flush=True)
+    report_speed(n_tokens, time.perf_counter() - started)
+
+
+def write_all(model: tuple[Any, ...], prompts: list[str], args: SampleArgs, seed: int, options: dict[str, Any]) -> None:
+    """Write all continuations, once all are done."""
+    from flaxgpt.stream import complete_text
+
+    print(f"seed {seed}", file=sys.stderr)
+    started = time.perf_counter()
+    texts = complete_text(*model, prompts, args.max_new_tokens, top_log_probs=args.top_log_probs if args.json else None, **options)
     seconds = time.perf_counter() - started
-    if len(ids) > cfg.model.context_length:
-        print(f"the prompt has {len(ids)} tokens; the model sees the last {cfg.model.context_length}", file=sys.stderr)
-    for i, row in enumerate(ids_BT):
-        if args.num_samples > 1:
-            print(f"--- sample {i + 1} ---")
-        print(tokenizer.decode(row.tolist()))
-    print(f"{args.num_samples * args.max_new_tokens / seconds:,.0f} tokens/s, compilation included", file=sys.stderr)
+    n_tokens = sum(len(text.ids) for text in texts)
+    for i, text in enumerate(texts):
+        sample = i % args.num_samples + 1
+        if args.json:
+            timing = {"seconds": seconds, "tokens_per_second": n_tokens / seconds}
+            print(json.dumps(dataclasses.asdict(text) | {"sample": sample, "seed": seed} | timing, ensure_ascii=False))
+            continue
+        if len(prompts) > 1:
+            print(f"--- prompt {i // args.num_samples + 1}, sample {sample} ---")
+        elif args.num_samples > 1:
+            print(f"--- sample {sample} ---")
+        print(text.prompt + text.text)
+    report_speed(n_tokens, seconds)
+
+
+def report_speed(n_tokens: int, seconds: float) -> None:
+    """Tell how fast it was."""
+    print(f"{n_tokens / seconds:,.0f} tokens/s, compilation included", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,26 @@
-"""Text generation by a module, one token at a time."""
+"""Text generation by a module, one token at a time: recomputing everything, or with a cache that lives in the modules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
+from flaxgpt.sampling_config import SamplingConfig
 from torch_ref.model import GPTModel
+from torch_ref.sampling import process_logits
 
 
 def generate_text_simple(model: GPTModel, idx: torch.Tensor, max_new_tokens: int, context_size: int) -> torch.Tensor:
     """Greedy continuation of (B, T) token ids by `max_new_tokens`, seeing the last `context_size` tokens each time."""
     return generate(model, idx, max_new_tokens, context_size)
+
+
+def generate_text_simple_cached(model: GPTModel, idx: torch.Tensor, max_new_tokens: int, context_size: int) -> torch.Tensor:
+    """The same text, from a model that keeps keys and values: each step but the first gives it one token."""
+    return generate(model, idx, max_new_tokens, context_size, use_cache=True)
 
 
 @torch.no_grad()
@@ -25,6 +33,8 @@ def generate(
     top_k: int | None = None,
     eos_id: int | None = None,
     noise: Callable[[int], Any] | None = None,
+    use_cache: bool = False,
+    **settings: Any,
 ) -> torch.Tensor:
     """Continue each row of token ids.
 
@@ -36,28 +46,33 @@ def generate(
         temperature: divides the logits; 0 is greedy.
         top_k: draw among the k largest logits, ties with the k-th included; more than V means all.
         eos_id: a row that has produced this token is filled with it; generation stops when all rows have.
-        noise: Gumbel noise of new token t, (B, V), to draw with in place of torch's generator: the largest of logits plus
-            noise is a draw from the softmax. So draws of another implementation can be replayed.
+        noise: t -> (B, V) Gumbel noise that decides new token number t, in place of torch's generator.
+        use_cache: let the modules keep keys and values until the context is full; they forget them before this returns.
+        **settings: the other fields of SamplingConfig.
 
     Returns:
         (B, T + max_new_tokens), or fewer columns if every row ended before.
     """
+    config = SamplingConfig(temperature=temperature, top_k=top_k, **settings)
+    T = idx.shape[1]
     ended_B = torch.zeros(idx.shape[0], dtype=torch.bool, device=idx.device)
+    model.reset_kv_cache()
     for t in range(max_new_tokens):
-        logits_BV = model(idx[:, -context_size:])[:, -1]
-        if top_k is not None:
-            kth_B1 = torch.topk(logits_BV, min(top_k, logits_BV.shape[-1])).values[:, -1:]
-            logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
-        if temperature > 0 and noise is not None:
-            next_B = (logits_BV / temperature + torch.tensor(noise(t))).argmax(dim=-1)
-        elif temperature > 0:
-            next_B = torch.multinomial(torch.softmax(logits_BV / temperature, dim=-1), num_samples=1)[:, 0]
-        else:
+        within = idx.shape[1] <= context_size
+        fresh_BT = idx[:, -1:] if use_cache and within and t > 0 else idx[:, -context_size:]
+        logits_BV = model(fresh_BT, use_cache=use_cache and within)[:, -1]
+        logits_BV = process_logits(logits_BV, idx[:, :T], idx[:, T:], config)
+        if temperature == 0:
             next_B = logits_BV.argmax(dim=-1)
+        elif noise is None:
+            next_B = torch.multinomial(torch.softmax(logits_BV, dim=-1), num_samples=1)[:, 0]
+        else:
+            next_B = (logits_BV + torch.tensor(np.asarray(noise(t)), device=idx.device)).argmax(dim=-1)
         if eos_id is not None:
             next_B = next_B.masked_fill(ended_B, eos_id)
             ended_B |= next_B == eos_id
         idx = torch.cat([idx, next_B[:, None]], dim=1)
         if ended_B.all():
             break
+    model.reset_kv_cache()
     return idx

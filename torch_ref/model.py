@@ -22,6 +22,9 @@ class GPTModel(nn.Module):
     `GPTModel(cfg)(tokens_BT)` gives float32 logits_BTV. Weights are drawn from torch's global generator with the
     defaults of its layers (`init_gpt2_` draws them again as GPT-2 did); dropout is on in `train()` mode and draws from
     the same generator.
+
+    With `use_cache` the modules keep keys and values: tokens_BT then are those that follow the ones given before, until
+    `reset_kv_cache()`. What `model(tokens_BT, use_cache=True)` returns depends on what it was called with before.
     """
 
     def __init__(self, cfg: GPTConfig | Mapping[str, Any]) -> None:
@@ -36,20 +39,31 @@ class GPTModel(nn.Module):
         self.out_head = nn.Linear(cfg.emb_dim, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.out_head.weight = self.tok_emb.weight
+        self.n_cached = 0
 
-    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens_BT: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
         """float32 logits_BTV of the token after each position.
 
         Raises:
-            ValueError: T is larger than the context length.
+            ValueError: T (and the tokens in the cache) is larger than the context length.
         """
-        T = tokens_BT.shape[1]
+        first = self.n_cached if use_cache else 0
+        T = first + tokens_BT.shape[1]
         if T > self.cfg.context_length:
             raise ValueError(f"{T} tokens do not fit in context_length={self.cfg.context_length}; crop them to the last ones")
-        x_BTD = self.tok_emb(tokens_BT) + self.pos_emb(torch.arange(T, device=tokens_BT.device))
+        x_BTD = self.tok_emb(tokens_BT) + self.pos_emb(torch.arange(first, T, device=tokens_BT.device))
         x_BTD = self.drop_emb(x_BTD)
-        x_BTD = self.trf_blocks(x_BTD)
+        for block in self.trf_blocks:
+            x_BTD = block(x_BTD, use_cache)
+        if use_cache:
+            self.n_cached = T
         return self.out_head(self.final_norm(x_BTD))
+
+    def reset_kv_cache(self) -> None:
+        """Forget the tokens given with `use_cache`."""
+        self.n_cached = 0
+        for block in self.trf_blocks:
+            block.att.cache_k = block.att.cache_v = None
 
 
 class TransformerBlock(nn.Module):
@@ -61,8 +75,8 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2 = LayerNorm(cfg.emb_dim), LayerNorm(cfg.emb_dim)
         self.drop_shortcut1, self.drop_shortcut2 = nn.Dropout(cfg.drop_rate), nn.Dropout(cfg.drop_rate)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        x_BTD = x_BTD + self.drop_shortcut1(self.att(self.norm1(x_BTD)))
+    def forward(self, x_BTD: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        x_BTD = x_BTD + self.drop_shortcut1(self.att(self.norm1(x_BTD), use_cache))
         return x_BTD + self.drop_shortcut2(self.ff(self.norm2(x_BTD)))
 
 
@@ -82,13 +96,20 @@ class MultiHeadAttention(nn.Module):
         # 1 where position T must not look at position S. Checkpoints in the wild hold it; those without load as well.
         self.register_buffer("mask", torch.triu(torch.ones(cfg.context_length, cfg.context_length), diagonal=1))
         self.register_load_state_dict_pre_hook(_mask_is_optional)
+        self.cache_k: torch.Tensor | None = None  # (B, N, S, H); state, but of no checkpoint
+        self.cache_v: torch.Tensor | None = None
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
         B, T, D = x_BTD.shape
         N, H = self.n_heads, D // self.n_heads
         q_BNTH, k_BNSH, v_BNSH = (W(x_BTD).view(B, T, N, H).transpose(1, 2) for W in (self.W_query, self.W_key, self.W_value))
+        if use_cache:
+            if self.cache_k is not None:
+                k_BNSH, v_BNSH = torch.cat([self.cache_k, k_BNSH], dim=2), torch.cat([self.cache_v, v_BNSH], dim=2)
+            self.cache_k, self.cache_v = k_BNSH, v_BNSH
+        S = k_BNSH.shape[2]
         scores_BNTS = q_BNTH @ k_BNSH.transpose(2, 3)
-        scores_BNTS = scores_BNTS.masked_fill(self.mask.bool()[:T, :T], -torch.inf)
+        scores_BNTS = scores_BNTS.masked_fill(self.mask.bool()[S - T : S, :S], -torch.inf)
         weights_BNTS = torch.softmax(scores_BNTS / H**0.5, dim=-1)
         weights_BNTS = self.dropout(weights_BNTS)
         context_BTNH = (weights_BNTS @ v_BNSH).transpose(1, 2)

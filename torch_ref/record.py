@@ -15,8 +15,10 @@ from torch import nn
 
 from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.parity import Tensors, tap_names
+from flaxgpt.sampling_config import SamplingConfig
 from torch_ref import generate as generation
 from torch_ref.model import GPTModel
+from torch_ref.sampling import process_logits
 from torch_ref.train import apply_gradients_, calc_loss_batch, clip_gradients_, make_optimizer, update
 
 Batch = tuple[np.ndarray, np.ndarray]
@@ -110,9 +112,9 @@ def generate(
 
 def draw(logits_BV: np.ndarray, temperature: float, top_k: int | None, noise: Callable[[int], np.ndarray]) -> np.ndarray:
     """One token for each row of logits, drawn with this noise of token 0."""
-    start = torch.zeros(len(logits_BV), 1, dtype=torch.int64)
-    model = lambda tokens_BT: torch.from_numpy(logits_BV)[:, None]  # noqa: E731 - a model that has these logits to say
-    return generation.generate(model, start, 1, 1, temperature=temperature, top_k=top_k, noise=noise)[:, 1].numpy()
+    nothing = torch.zeros(len(logits_BV), 0, dtype=torch.int64)
+    processed_BV = process_logits(torch.from_numpy(logits_BV), nothing, nothing, SamplingConfig(temperature=temperature, top_k=top_k))
+    return (processed_BV + torch.tensor(noise(0))).argmax(dim=-1).numpy()
 
 
 def build(cfg: GPTConfig, weights: Mapping[str, Any], dtype: str) -> GPTModel:

@@ -1,0 +1,194 @@
+"""Two compiled functions, prefill and decode, around a state that goes in and comes out. No tokens leave the device."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flaxgpt.cache import LayerCache, empty_cache
+from flaxgpt.config import GPTConfig
+from flaxgpt.model import GPT, TransformerBlock
+from flaxgpt.sampling import Chain, Seen, choose
+
+Cache = tuple[LayerCache, ...]
+
+
+class Scores(NamedTuple):
+    """What the model itself thought, before any processor: natural logarithms of probabilities, for each new token."""
+
+    log_probs_BT: jax.Array
+    top_ids_BTK: jax.Array
+    top_log_probs_BTK: jax.Array
+
+
+class State(NamedTuple):
+    """All that changes while text is generated. Rows end at the same column, so they begin at different ones."""
+
+    tokens_BT: jax.Array  # padding, prompt, new tokens, room for more
+    t: jax.Array  # new tokens so far
+    ended_B: jax.Array
+    lengths_B: jax.Array  # new tokens of each row, the end token included
+    cache: Cache
+    seen: Seen | None  # if a penalty is on
+    scores: Scores | None  # if they were asked for
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def unstack(params: Any, cfg: GPTConfig) -> Any:
+    """Parameters as decoding reads them: a tuple of blocks, matrices in the compute dtype.
+
+    A slice of a stacked array is copied before it is multiplied, and so is one that is converted: done once here, it is not
+    done again for each token.
+    """
+
+    def convert(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x.astype(cfg.dtype) if path[-1].key in ("kernel", "embedding") else jnp.asarray(x)
+
+    def block(i: int) -> Any:
+        return jax.tree.map(lambda x: x[i], params["trf_blocks"])
+
+    params = jax.tree_util.tree_map_with_path(convert, params)
+    return params | {"trf_blocks": tuple(map(block, range(cfg.n_layers)))}
+
+
+def forward(params: Any, cfg: GPTConfig, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """The tokens that follow those in the cache -> logits_BV of the one after them, and the cache with them in it.
+
+    A pure function of `unstack`ed parameters. The layers are not scanned but written out, which takes longer to compile
+    and half as long to run.
+    """
+    model, outside = GPT(cfg), {name: leaf for name, leaf in params.items() if name != "trf_blocks"}
+    positions_BT = cache[0].next_positions_BT(tokens_BT.shape[1])
+    x_BTD = model.apply({"params": outside}, tokens_BT, positions_BT, method="embed")
+    longer = []
+    for block, layer in zip(params["trf_blocks"], cache, strict=True):
+        x_BTD, layer = TransformerBlock(cfg).apply({"params": block}, x_BTD, True, layer)
+        longer.append(layer)
+    return model.apply({"params": outside}, x_BTD, method="last_logits"), tuple(longer)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "slots", "room", "num_samples", "alternatives"))
+def prefill(
+    params: Any,
+    cfg: GPTConfig,
+    prompt_BT: jax.Array,
+    first_B: jax.Array,
+    chain: Chain,
+    keys_B: jax.Array | None,
+    eos_id: jax.Array,
+    prompt_seen_BV: jax.Array | None,
+    *,
+    slots: int,
+    room: int,
+    num_samples: int = 1,
+    alternatives: int | None = None,
+) -> State:
+    """Read the prompts in one pass, and choose the first new token of each row.
+
+    Args:
+        params: as `unstack` returns them.
+        cfg: the model's config.
+        prompt_BT: the prompts, at most context_length columns, all ending at the last one; padding before them.
+        first_B: the column at which each begins.
+        chain: the processors.
+        keys_B: a key for each row of the result; None is greedy.
+        eos_id: the token that ends a row, or -1.
+        prompt_seen_BV: which tokens occur in each prompt, if a penalty is on.
+        slots: tokens that the cache can hold.
+        room: tokens that can be added.
+        num_samples: rows made of each prompt, next to each other.
+        alternatives: log-probabilities to keep for each token besides its own; None: not even that.
+    """
+    B = prompt_BT.shape[0] * num_samples
+    logits_BV, cache = forward(params, cfg, prompt_BT, empty_cache(cfg, first_B, slots))
+    many = functools.partial(jax.tree.map, lambda x: jnp.repeat(x, num_samples, axis=0) if x.ndim else x)
+    logits_BV, cache, prompt_BT, prompt_seen_BV = many((logits_BV, cache, prompt_BT, prompt_seen_BV))
+    counts_BV = None if prompt_seen_BV is None else jnp.zeros(prompt_seen_BV.shape, jnp.int32)
+    state = State(
+        tokens_BT=jnp.pad(prompt_BT, ((0, 0), (0, room))),
+        t=jnp.int32(0),
+        ended_B=jnp.zeros(B, bool),
+        lengths_B=jnp.zeros(B, jnp.int32),
+        cache=cache,
+        seen=None if prompt_seen_BV is None else Seen(prompt_seen_BV, counts_BV),
+        scores=None if alternatives is None else _no_scores(B, room, alternatives),
+    )
+    return _add_token(state, logits_BV, room, chain, keys_B, eos_id)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "room"), donate_argnames="state")
+def decode(
+    params: Any,
+    cfg: GPTConfig,
+    state: State,
+    until: jax.Array,
+    chain: Chain,
+    keys_B: jax.Array | None,
+    eos_id: jax.Array,
+    *,
+    room: int,
+) -> State:
+    """Add tokens until there are `until` new ones or every row has ended: a loop on the device.
+
+    While the longest row fits in the context, a token costs one pass over itself and the cache. After that the window
+    slides: every token's position changes at every step, and with it every key and value, so a token costs a pass over
+    the window, and the cache is left as it is. Arguments are those of `prefill`.
+    """
+    C, width = cfg.context_length, state.tokens_BT.shape[1]
+    start, first_B = width - room, state.cache[0].first_B
+    longest = start - first_B.min()
+
+    def unfinished(until: jax.Array, state: State) -> jax.Array:
+        return (state.t < until) & ~state.ended_B.all()
+
+    def cached(state: State) -> State:
+        newest_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BT, start + state.t - 1, 1, axis=1)
+        logits_BV, cache = forward(params, cfg, newest_B1, state.cache)
+        return _add_token(state._replace(cache=cache), logits_BV, room, chain, keys_B, eos_id)
+
+    def windowed(state: State) -> State:
+        left = start + state.t - C
+        window_BT = jax.lax.dynamic_slice_in_dim(state.tokens_BT, left, C, axis=1)
+        scratch = empty_cache(cfg, jnp.maximum(first_B - left, 0), C)
+        logits_BV, _ = forward(params, cfg, window_BT, scratch)
+        return _add_token(state, logits_BV, room, chain, keys_B, eos_id)
+
+    # Token number t is chosen by its row's prompt and t new tokens.
+    within = jnp.minimum(until, C - longest + 1)
+    state = jax.lax.while_loop(functools.partial(unfinished, within), cached, state)
+    if width > C:
+        state = jax.lax.while_loop(functools.partial(unfinished, until), windowed, state)
+    return state
+
+
+def _add_token(state: State, logits_BV: jax.Array, room: int, chain: Chain, keys_B: jax.Array | None, eos_id: jax.Array) -> State:
+    """Choose a token for each row and write it down; a row that has ended gets the end token again."""
+    B = logits_BV.shape[0]
+    ids_B = choose(chain(logits_BV, state.seen), keys_B, state.t)
+    ids_B = jnp.where(state.ended_B, jnp.maximum(eos_id, 0), ids_B)
+    seen, scores = state.seen, state.scores
+    if seen is not None:
+        seen = seen._replace(counts_BV=seen.counts_BV.at[jnp.arange(B), ids_B].add(1))
+    if scores is not None:
+        log_probs_BV = jax.nn.log_softmax(logits_BV)
+        top_BK, top_ids_BK = jax.lax.top_k(log_probs_BV, scores.top_ids_BTK.shape[-1])
+        new = Scores(jnp.take_along_axis(log_probs_BV, ids_B[:, None], axis=1)[:, 0], top_ids_BK, top_BK)
+        scores = jax.tree.map(lambda old, new: old.at[:, state.t].set(new.astype(old.dtype)), scores, new)
+    start = state.tokens_BT.shape[1] - room
+    return State(
+        tokens_BT=state.tokens_BT.at[:, start + state.t].set(ids_B),
+        t=state.t + 1,
+        ended_B=state.ended_B | (ids_B == eos_id),
+        lengths_B=state.lengths_B + ~state.ended_B,
+        cache=state.cache,
+        seen=seen,
+        scores=scores,
+    )
+
+
+def _no_scores(B: int, room: int, alternatives: int) -> Scores:
+    shape_BTK = (B, room, alternatives)
+    return Scores(jnp.zeros((B, room)), jnp.zeros(shape_BTK, jnp.int32), jnp.zeros(shape_BTK))
