@@ -99,7 +99,7 @@ class Comparison:
     def summary(self, limit: float) -> float:
         """Prints how the runs compare; returns the largest difference of a loss at an evaluation."""
         evaluated = [(row["step"], _differences(row)) for row in self._rows if "reference/val_loss" in row]
-        worst = max(max(pair) for _, pair in evaluated)
+        worst = float(np.max([pair for _, pair in evaluated]))  # nan, if there is one
         parted = next((f"from step {step} on" for step, pair in evaluated if round(max(pair), 3) > 0), "nowhere")
         batches = [(row["step"], abs(row["flaxgpt/batch_loss"] - row["reference/batch_loss"])) for row in self._rows]
         shows = next((f"from update {step} on" for step, difference in batches if difference > 1e-5), "nowhere")

@@ -2,14 +2,14 @@
 
 import csv
 import math
-import sys
 
 import numpy as np
 import pytest
 import replay as replay_script
-from conftest import SMALL
+from conftest import SMALL, refused
 
 from flaxgpt.config import TrainConfig
+from flaxgpt.optim import make_optimizer
 from flaxgpt.prepare import prepare
 from flaxgpt.replay import COLUMNS, replay
 from flaxgpt.run import read_metrics
@@ -66,19 +66,10 @@ def test_a_replay_in_float64_is_the_run_to_1e_12_and_writes_the_same_text(config
     assert (evaluations, samples) == (5, 2)
 
 
-def run_script(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["replay.py", *flags])
-    try:
-        replay_script.main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def test_the_script_compares_evaluations_and_samples_and_draws_them(config, tmp_path, monkeypatch, capsys):
+def test_the_script_compares_evaluations_and_samples_and_draws_them(config, tmp_path, call):
     flags = ["--data", config.data, "--out-dir", str(tmp_path / "out"), *FLAGS.split()]
-    assert run_script(monkeypatch, *flags) == 0
-    out = capsys.readouterr().out
+    code, out, err = call(replay_script, *flags)
+    assert code == 0, err
     assert "samples:      2 of 2 equal" in out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "replay.csv", "replay.png", "samples.txt"}
     rows = list(csv.DictReader((tmp_path / "out" / "replay.csv").open()))
@@ -87,23 +78,17 @@ def test_the_script_compares_evaluations_and_samples_and_draws_them(config, tmp_
     for row in rows:
         assert float(row["flaxgpt/batch_loss"]) == pytest.approx(float(row["reference/batch_loss"]), rel=1e-5)
     assert (tmp_path / "out" / "samples.txt").read_text().count("--- after update") == 4
-    assert run_script(monkeypatch, *flags) == 2, "a folder with contents is not overwritten unasked"
+    refused(call(replay_script, *flags), "--overwrite")
 
 
-def test_the_script_fails_when_the_runs_part(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("flaxgpt.record.make_optimizer", lambda cfg: _optimizer(cfg.replace(weight_decay=0.5, learning_rate=2e-3)))
+def test_the_script_fails_when_the_runs_part(config, tmp_path, monkeypatch, call):
+    monkeypatch.setattr("flaxgpt.record.make_optimizer", lambda cfg: make_optimizer(cfg.replace(learning_rate=2e-3)))
     flags = ["--data", config.data, "--out-dir", str(tmp_path / "out"), *FLAGS.split(), "--n-layers=1"]  # compiled by no other test
-    assert run_script(monkeypatch, *flags) == 1
-    assert "seen in the third decimal from step" in capsys.readouterr().out
-
-
-def _optimizer(cfg):
-    from flaxgpt.optim import make_optimizer
-
-    return make_optimizer(cfg)
+    code, out, err = call(replay_script, *flags)
+    assert code == 1, err
+    assert "seen in the third decimal from step" in out
 
 
 @pytest.mark.parametrize("flag", [["--resume"], ["--dtype", "bfloat16"], ["--grad-accum-steps", "2"], ["--no-drop-last"]])
-def test_what_can_t_be_replayed_is_said_in_one_line(flag, tmp_path, monkeypatch, capsys):
-    assert run_script(monkeypatch, "--out-dir", str(tmp_path / "out"), *flag) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_what_can_t_be_replayed_is_said_in_one_line(flag, call):
+    refused(call(replay_script, "--out-dir", "out", *flag), "replay")
