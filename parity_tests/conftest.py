@@ -1,6 +1,7 @@
 """Fixtures that several files of tests share. Nothing here downloads anything."""
 
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -66,6 +67,14 @@ def call(monkeypatch, capsys, private_cache, tmp_path):
         return code, out, err
 
     return run
+
+
+def refused(result, pattern):
+    code, _, err = result
+    assert code == 2
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert re.search(pattern, err), err
 
 
 def random_pair(cfg: GPTConfig, seed: int = 0) -> tuple[GPTModel, dict]:

@@ -9,18 +9,10 @@ import pytest
 import sample
 import train_jax
 import train_torch
-from conftest import SCRIPTS
+from conftest import SCRIPTS, refused
 
 SMALL_MODEL = ["--n-layers", "1", "--n-heads", "2", "--emb-dim", "16", "--context-length", "8"]
 SMALL_RUN = [*SMALL_MODEL, "--batch-size", "2", "--max-steps", "3", "--eval-batches", "1", "--sample-tokens", "4"]
-
-
-def refused(result, pattern):
-    code, _, err = result
-    assert code == 2
-    assert "Traceback" not in err
-    assert len(err.strip().splitlines()) == 1, err
-    assert re.search(pattern, err), err
 
 
 @pytest.mark.parametrize("trainer", [train_jax, train_torch], ids=lambda m: m.__name__)

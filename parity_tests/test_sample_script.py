@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import sample
-from test_cli import refused
+from conftest import refused
 
 from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.prepare import prepare
