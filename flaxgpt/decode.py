@@ -104,7 +104,9 @@ def prefill(
     """
     B = prompt_BT.shape[0] * num_samples
     logits_BV, cache = forward(params, cfg, prompt_BT, empty_cache(cfg, first_B, slots))
-    logits_BV, cache, prompt_BT, prompt_seen_BV = _repeat_rows((logits_BV, cache, prompt_BT, prompt_seen_BV), len(first_B), num_samples)
+    if num_samples > 1:
+        rows = logits_BV, cache, prompt_BT, prompt_seen_BV
+        logits_BV, cache, prompt_BT, prompt_seen_BV = _repeat_rows(rows, len(first_B), num_samples)
     counts_BV = None if prompt_seen_BV is None else jnp.zeros(prompt_seen_BV.shape, jnp.int32)
     state = State(
         tokens_BT=jnp.pad(prompt_BT, ((0, 0), (0, room))),
