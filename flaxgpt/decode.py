@@ -104,8 +104,9 @@ def prefill(
     """
     B = prompt_BT.shape[0] * num_samples
     logits_BV, cache = forward(params, cfg, prompt_BT, empty_cache(cfg, first_B, slots))
-    many = functools.partial(jax.tree.map, lambda x: jnp.repeat(x, num_samples, axis=0) if x.ndim else x)
-    logits_BV, cache, prompt_BT, prompt_seen_BV = many((logits_BV, cache, prompt_BT, prompt_seen_BV))
+    if num_samples > 1:
+        rows = logits_BV, cache, prompt_BT, prompt_seen_BV
+        logits_BV, cache, prompt_BT, prompt_seen_BV = _repeat_rows(rows, len(first_B), num_samples)
     counts_BV = None if prompt_seen_BV is None else jnp.zeros(prompt_seen_BV.shape, jnp.int32)
     state = State(
         tokens_BT=jnp.pad(prompt_BT, ((0, 0), (0, room))),
@@ -187,6 +188,11 @@ def _add_token(state: State, logits_BV: jax.Array, room: int, chain: Chain, keys
         seen=seen,
         scores=scores,
     )
+
+
+def _repeat_rows(tree: Any, B: int, times: int) -> Any:
+    """Each of B rows so many times, next to each other; the first axis of an array is B or B * N."""
+    return jax.tree.map(lambda x: jnp.repeat(x.reshape(B, -1), times, axis=0).reshape(-1, *x.shape[1:]) if x.ndim else x, tree)
 
 
 def _no_scores(B: int, room: int, alternatives: int) -> Scores:

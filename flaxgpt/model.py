@@ -125,17 +125,16 @@ class MultiHeadAttention(nn.Module):
         q_BTNH = tap(self, "query", self.W_query(x_BTD)).reshape(B, T, N, H)
         k_BSNH = tap(self, "key", self.W_key(x_BTD)).reshape(B, T, N, H)
         v_BSNH = tap(self, "value", self.W_value(x_BTD)).reshape(B, T, N, H)
-        visible = jnp.tril(jnp.ones((T, T), bool))
         if cache is not None:
             cache = cache.extend(k_BSNH, v_BSNH)
-            k_BSNH, v_BSNH, visible = cache.k_BNSH.swapaxes(1, 2), cache.v_BNSH.swapaxes(1, 2), cache.visible_BTS(T)[:, None]
+            return self.out_proj(cache.attend(q_BTNH).reshape(B, T, D)), cache
         scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=_wide(x_BTD.dtype))
-        weights_BNTS = jax.nn.softmax(jnp.where(visible, scores_BNTS * H**-0.5, -jnp.inf))
+        causal_TS = jnp.tril(jnp.ones((T, T), bool))
+        weights_BNTS = jax.nn.softmax(jnp.where(causal_TS, scores_BNTS * H**-0.5, -jnp.inf))
         weights_BNTS = tap(self, "weights", weights_BNTS.astype(x_BTD.dtype))
         context_BTNH = jnp.einsum("BNTS,BSNH->BTNH", self.dropout(weights_BNTS, deterministic), v_BSNH)
         context_BTD = tap(self, "context", context_BTNH.reshape(B, T, D))
-        out_BTD = tap(self, "out", self.out_proj(context_BTD))
-        return out_BTD if cache is None else (out_BTD, cache)
+        return tap(self, "out", self.out_proj(context_BTD))
 
 
 class FeedForward(nn.Module):

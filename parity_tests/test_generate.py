@@ -114,11 +114,11 @@ def off_by_one(self, T):
 
 
 def padding_in_sight(self, T):
-    return jnp.arange(self.k_BNSH.shape[2]) <= (self.filled - T + jnp.arange(T))[None, :, None]
+    return jnp.arange(self.k_ZSH.shape[1]) <= (self.filled - T + jnp.arange(T))[None, :, None]
 
 
 def own_slot_hidden(self, T):
-    slots_S, own_T1 = jnp.arange(self.k_BNSH.shape[2]), (self.filled - T + jnp.arange(T))[:, None]
+    slots_S, own_T1 = jnp.arange(self.k_ZSH.shape[1]), (self.filled - T + jnp.arange(T))[:, None]
     return (slots_S < own_T1) & (slots_S >= self.first_B[:, None, None]) | (slots_S == self.first_B[:, None, None])
 
 
@@ -184,7 +184,7 @@ def test_the_cache_is_sized_by_need():
     params = unstack(random_pair(cfg)[1], cfg)
 
     def slots(length, new):
-        return Request.of(params, cfg, random_ids(cfg, (1, length)), new).prefill().cache[0].k_BNSH.shape[2]
+        return Request.of(params, cfg, random_ids(cfg, (1, length)), new).prefill().cache[0].k_ZSH.shape[1]
 
     assert slots(5, 20) == 8 + 64
     assert slots(60, 100) == 64 + 128
@@ -193,7 +193,7 @@ def test_the_cache_is_sized_by_need():
 
 def test_memory_beyond_the_cache_does_not_grow_with_the_number_of_tokens(params):
     (few, small), (many, large) = (compiled_decode(SMALL, params, 5, new) for new in (64, 64_000))
-    assert small.cache[0].k_BNSH.shape == large.cache[0].k_BNSH.shape
+    assert small.cache[0].k_ZSH.shape == large.cache[0].k_ZSH.shape
     buffer = large.tokens_BT.nbytes - small.tokens_BT.nbytes  # four bytes a token: the result itself
     grown = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
     assert grown <= 2 * buffer

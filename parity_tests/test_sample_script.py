@@ -133,7 +133,7 @@ def test_a_prompt_longer_than_the_context_is_said(run):
     code, out, err = run("--prompt", "the value of", "--max-new-tokens", 2)
     assert code == 0
     assert out.startswith("the value of")
-    assert "12 tokens; the model sees the last 8" in err
+    assert "12 tokens; the model saw the last 8" in err
 
 
 def test_ctrl_c_while_streaming_ends_with_what_was_written(folder):

@@ -88,15 +88,14 @@ def main() -> None:
             write_stream(model, line, args.max_new_tokens, seed=(seed + i) % 2**32, options=options)
         return
     prompts = prompts or [cfg.prompt or ""]
-    if (longest := max(len(tokenizer.encode(prompt)) for prompt in prompts)) > cfg.model.context_length:
-        print(f"the prompt has {longest} tokens; the model sees the last {cfg.model.context_length}", file=sys.stderr)
     if args.stream:
         if len(prompts) > 1:
             raise InputError(f"{args.prompts} has {len(prompts)} prompts: one text can be streamed at a time")
         write_stream(model, prompts[0], args.max_new_tokens, seed=seed, options=options)
-        return
-    options |= {"num_samples": args.num_samples, "key": jax.random.key(seed)}
-    write_all(model, prompts, args, seed, options)
+    else:
+        write_all(model, prompts, args, seed, options | {"num_samples": args.num_samples, "key": jax.random.key(seed)})
+    if (longest := max(len(tokenizer.encode(prompt)) for prompt in prompts)) > cfg.model.context_length:
+        print(f"the prompt has {longest} tokens; the model saw the last {cfg.model.context_length}", file=sys.stderr)
 
 
 def read_prompts(args: SampleArgs) -> list[str]:
@@ -148,9 +147,9 @@ def write_stream(model: tuple[Any, ...], prompt: str, max_new_tokens: int, *, se
 
     from flaxgpt.stream import stream
 
-    print(f"seed {seed}", file=sys.stderr, flush=True)
     started = time.perf_counter()
     pieces = stream(*model, prompt, max_new_tokens, key=jax.random.key(seed), **options)
+    print(f"seed {seed}", file=sys.stderr, flush=True)
     print(prompt, end="", flush=True)
     try:
         while True:
@@ -166,7 +165,6 @@ def write_all(model: tuple[Any, ...], prompts: list[str], args: SampleArgs, seed
     """Write all continuations, once all are done."""
     from flaxgpt.stream import complete_text
 
-    print(f"seed {seed}", file=sys.stderr)
     started = time.perf_counter()
     texts = complete_text(*model, prompts, args.max_new_tokens, top_log_probs=args.top_log_probs if args.json else None, **options)
     seconds = time.perf_counter() - started
@@ -182,6 +180,7 @@ def write_all(model: tuple[Any, ...], prompts: list[str], args: SampleArgs, seed
         elif args.num_samples > 1:
             print(f"--- sample {sample} ---")
         print(text.prompt + text.text)
+    print(f"seed {seed}", file=sys.stderr)
     report_speed(n_tokens, seconds)
 
 

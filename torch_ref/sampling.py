@@ -31,9 +31,9 @@ def process_logits(logits_BV: torch.Tensor, prompt_BT: torch.Tensor, new_BT: tor
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
     if config.top_p is not None and config.top_p < 1:
         sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
-        likelier_BV = sorted_BV.softmax(dim=-1).cumsum(dim=-1) - sorted_BV.softmax(dim=-1)
-        goes_BV = (likelier_BV >= config.top_p).scatter(1, order_BV, likelier_BV >= config.top_p)
-        logits_BV = logits_BV.masked_fill(goes_BV, -torch.inf)
+        probs_BV = sorted_BV.softmax(dim=-1)
+        goes_BV = probs_BV.cumsum(dim=-1) - probs_BV >= config.top_p  # the likelier ones have that much already
+        logits_BV = logits_BV.masked_fill(goes_BV.scatter(1, order_BV, goes_BV), -torch.inf)
     if config.min_p is not None:
         probs_BV = logits_BV.softmax(dim=-1)
         logits_BV = logits_BV.masked_fill(probs_BV < config.min_p * probs_BV.amax(dim=-1, keepdim=True), -torch.inf)
