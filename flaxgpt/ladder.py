@@ -199,17 +199,18 @@ def _adamw(ours: Side, theirs: Side, problem: Problem, dtype: str, gradients: Te
     floor = 1e-3 * max(sizes.values())  # so that squares of gradients that are only rounding don't underflow
 
     def moment(power: int) -> Tensors:
-        return {n: ((max(sizes[n], floor) * rng.normal(size=g.shape)) ** power).astype(np.float32) for n, g in gradients.items()}
+        return {n: (max(sizes[n], floor) * rng.standard_normal(g.shape, np.float32)) ** power for n, g in gradients.items()}
 
-    zeros = {name: np.zeros_like(g) for name, g in gradients.items()}
-    cases = [(*variant, {"exp_avg": moment(1), "exp_avg_sq": moment(2)}) for variant in _VARIANTS]
-    cases.append(
-        ("first update, all decay", 0, {"decay": "all", "warmup_steps": 0, "min_learning_rate": None}, dict.fromkeys(MOMENTS, zeros))
-    )
-    if problem.moments:
-        step, given = problem.moments
-        cases.append(("the checkpoint's moments", step, {"weight_decay": problem.cfg.weight_decay}, given))
-    for label, step, options, moments in cases:
+    def cases() -> Iterator[tuple[str, int, dict[str, Any], dict[str, Tensors]]]:
+        zeros = {name: np.zeros_like(g) for name, g in gradients.items()}
+        yield "first update, all decay", 0, {"decay": "all", "warmup_steps": 0, "min_learning_rate": None}, dict.fromkeys(MOMENTS, zeros)
+        for variant in _VARIANTS:
+            yield *variant, {part: moment(power) for power, part in enumerate(MOMENTS, 1)}
+        if problem.moments:
+            step, given = problem.moments
+            yield "the checkpoint's moments", step, {"weight_decay": problem.cfg.weight_decay}, given
+
+    for label, step, options, moments in cases():
         cfg = problem.cfg.replace(**_PLAIN | {"clip_norm": None} | options)
 
         def run(side: Side, d: str, cfg: TrainConfig = cfg, moments: Any = moments, step: int = step) -> Tensors:

@@ -29,33 +29,34 @@ class Bounds(NamedTuple):
 
 
 BOUNDS: dict[str, Bounds] = {
-    "activations": Bounds(2e-6, 2.8e-7, 7e-15, 7.6e-16),
+    "activations": Bounds(2e-6, 6.3e-7, 1e-14, 2.8e-15),
     "loss": Bounds(2e-6, 2.1e-7, 3e-15, 3.8e-16),
-    "gradients": Bounds(3e-5, 5.5e-6, 6e-14, 8.8e-15),
-    "clipping": Bounds(3e-6, 3.8e-7, 7e-15, 7.4e-16),
+    "gradients": Bounds(7e-5, 1.8e-5, 2e-13, 3.4e-14),
+    "clipping": Bounds(3e-6, 3.8e-7, 1e-13, 1.7e-14),
     "adamw/parameter": Bounds(4e-4, 5.3e-5, 7e-13, 9.0e-14),
     "adamw/exp_avg": Bounds(7e-7, 9.8e-8, 1e-15, 1.6e-16),
     "adamw/exp_avg_sq": Bounds(1e-6, 1.3e-7, 1e-15, 2.0e-16),
     "accumulation/loss": Bounds(1e-6, 1.3e-7, 3e-15, 3.0e-16),
-    "accumulation/grad_norm": Bounds(2e-6, 2.6e-7, 3e-15, 3.2e-16),
+    "accumulation/grad_norm": Bounds(2e-6, 2.6e-7, 2e-14, 2.5e-15),
     "accumulation/parameter": Bounds(7e-3, 7.7e-4, 7e-10, 8.5e-11),
-    "accumulation/exp_avg": Bounds(9e-5, 9.6e-6, 8e-14, 8.5e-15),
-    "accumulation/exp_avg_sq": Bounds(8e-5, 8.7e-6, 1e-13, 1.4e-14),
+    "accumulation/exp_avg": Bounds(9e-5, 1.3e-5, 2e-13, 3.3e-14),
+    "accumulation/exp_avg_sq": Bounds(9e-5, 1.3e-5, 2e-13, 3.3e-14),
     "training/loss": Bounds(1e-6, 1.4e-7, 2e-15, 2.7e-16),
-    "training/grad_norm": Bounds(2e-6, 2.4e-7, 4e-15, 4.2e-16),
+    "training/grad_norm": Bounds(3e-6, 4.1e-7, 1e-13, 2.3e-14),
     "training/parameter": Bounds(9e-3, 9.5e-4, 1e-9, 1.1e-10),
-    "training/exp_avg": Bounds(5e-5, 5.0e-6, 6e-13, 6.5e-14),
-    "training/exp_avg_sq": Bounds(6e-5, 6.1e-6, 4e-13, 4.3e-14),
+    "training/exp_avg": Bounds(9e-5, 1.7e-5, 6e-13, 6.5e-14),
+    "training/exp_avg_sq": Bounds(9e-5, 1.4e-5, 6e-13, 6.3e-14),
     "dropout/loss": Bounds(1e-6, 1.4e-7, 3e-15, 3.3e-16),
-    "dropout/grad_norm": Bounds(3e-6, 3.7e-7, 1e-14, 1.4e-15),
+    "dropout/grad_norm": Bounds(4e-6, 4.4e-7, 1e-13, 2.4e-14),
     "dropout/parameter": Bounds(2e-2, 2.9e-3, 1e-9, 1.4e-10),
-    "dropout/exp_avg": Bounds(3e-4, 3.2e-5, 2e-13, 2.6e-14),
-    "dropout/exp_avg_sq": Bounds(3e-4, 3.9e-5, 3e-13, 3.2e-14),
+    "dropout/exp_avg": Bounds(3e-4, 3.2e-5, 2e-13, 3.1e-14),
+    "dropout/exp_avg_sq": Bounds(3e-4, 3.9e-5, 5e-13, 5.6e-14),
     "dropout/chance": Bounds(7.0, 4.5),  # standard deviations: beyond 7 once in 4e11 draws
     "generation/text": Bounds(0.0, 0.0),
     "generation/draws": Bounds(0.0, 0.0),
 }
-"""By rung and the first word of a row's name. Measured on an x86-64 CPU: the worst of three small configs with 100, 20 and 20 seeds."""
+"""By rung and the first word of a row's name. Measured on an x86-64 CPU: the worst of three small configs with 100, 20 and 20 seeds, and
+of the 124M reference (there flaxgpt's own error, where that is smaller than the difference: see Row.used)."""
 
 
 _BLOCK_TAPS = (
@@ -99,22 +100,25 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Both differences are within their bounds (nan never is)."""
-        return all(value is None or value <= bound for value, bound in self._pairs())
+        """Both differences are within their bounds, as `used` tells (nan never is)."""
+        return self.used <= 1
 
     @property
     def used(self) -> float:
-        """How much of its bound the larger difference uses up: above 1 it fails; inf for nan."""
-        shares = [value / bound if bound else (0.0 if value == 0 else np.inf) for value, bound in self._pairs() if value is not None]
+        """How much of its bound the larger difference uses up: above 1 it fails; inf for nan.
+
+        In the precision under test it is enough to be near the reference or near the truth: flaxgpt does not answer for the reference's
+        rounding. (torch adds up a gradient's squares in float32 one after the other, which at 38 million elements is wrong by 2e-4.)
+        """
+        near = self.difference if self.ours is None or np.isnan(self.difference) else min(self.difference, self.ours)
+        pairs = ((near, self.bound), (self.exact, self.exact_bound))
+        shares = [value / bound if bound else (0.0 if value == 0 else np.inf) for value, bound in pairs if value is not None]
         return max((np.inf if np.isnan(share) else float(share) for share in shares), default=0.0)
 
     @property
     def kind(self) -> str:
         """The first word of the name: what BOUNDS has a bound for."""
         return re.match("[a-z_]+", self.name)[0]
-
-    def _pairs(self) -> tuple[tuple[float | None, float], ...]:
-        return (self.difference, self.bound), (self.exact, self.exact_bound)
 
 
 @dataclass(frozen=True)
