@@ -17,7 +17,7 @@ import optax
 from flaxgpt.config import TrainConfig
 from flaxgpt.convert import from_torch, named_parameters, parameter_shapes, shape_faults, to_torch
 from flaxgpt.errors import InputError
-from flaxgpt.optim import make_optimizer
+from flaxgpt.optim import adam_state, make_optimizer
 from flaxgpt.parity import check_finite
 from flaxgpt.state import TrainState, init_state
 
@@ -53,7 +53,7 @@ def state_to_torch(state: TrainState, cfg: TrainConfig) -> tuple[dict[str, np.nd
 
     The rate in the optimizer's groups is the peak rate: the reference's loop sets that of the schedule before every update.
     """
-    adam = next(part for part in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(part))
+    adam = adam_state(state.opt_state)
     moments = [named_parameters(jax.device_get(tree), cfg.model) for tree in (adam.mu, adam.nu)]
     step, groups = np.array(state.step, np.float32), _groups(cfg)
     entries = {
@@ -131,10 +131,6 @@ def _param_groups(cfg: TrainConfig) -> list[dict[str, Any]]:
     for names, decay in _groups(cfg):
         groups.append(options | {"weight_decay": decay, "params": [next(numbers) for _ in names]})
     return groups
-
-
-def _is_adam(part: Any) -> bool:
-    return isinstance(part, optax.ScaleByAdamState)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -22,6 +22,12 @@ def make_optimizer(cfg: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(clip, adamw)
 
 
+def adam_state(opt_state: optax.OptState) -> optax.ScaleByAdamState:
+    """Adam's moments (`mu`, `nu`) and count, wherever in the chain's state they are."""
+    parts = jax.tree.leaves(opt_state, is_leaf=lambda part: isinstance(part, optax.ScaleByAdamState))
+    return next(part for part in parts if isinstance(part, optax.ScaleByAdamState))
+
+
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """Scale the gradient by limit / (norm + 1e-6) where that is below 1: torch's rule.
 

@@ -21,7 +21,7 @@ from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.convert import from_torch, named_parameters, per_layer, stacked
 from flaxgpt.loss import next_token_loss
 from flaxgpt.model import GPT
-from flaxgpt.optim import clip_by_global_norm, make_optimizer
+from flaxgpt.optim import adam_state, clip_by_global_norm, make_optimizer
 from flaxgpt.parity import Tensors, tap_names
 from flaxgpt.sampling import Chain, choose, gumbel_noise, row_keys
 from flaxgpt.sampling_config import SamplingConfig
@@ -204,6 +204,6 @@ def _named(params: Params, cfg: GPTConfig) -> Tensors:
 
 
 def _after(params: Params, opt_state: optax.OptState, cfg: TrainConfig) -> Tensors:
-    adam = next(s for s in opt_state[1] if isinstance(s, optax.ScaleByAdamState))
+    adam = adam_state(opt_state)
     parts = {"parameter": params, "exp_avg": adam.mu, "exp_avg_sq": adam.nu}
     return {f"{part}/{name}": value for part, tree in parts.items() for name, value in _named(tree, cfg.model).items()}
