@@ -69,6 +69,7 @@ def moments_from_torch(optimizer_state: Mapping[str, Any], cfg: TrainConfig) -> 
     Raises:
         InputError: naming every key, shape and option that is not of this config, or a value that is not finite.
     """
+    _check_structure(optimizer_state)
     wanted, found = _param_groups(cfg), optimizer_state["param_groups"]
     if [len(group["params"]) for group in found] != [len(group["params"]) for group in wanted]:
         sizes = [[len(group["params"]) for group in groups] for groups in (found, wanted)]
@@ -76,8 +77,8 @@ def moments_from_torch(optimizer_state: Mapping[str, Any], cfg: TrainConfig) -> 
     faults = [
         f"{option} is {group.get(option)} in group {i}, {ours[option]} in the config"
         for i, (group, ours) in enumerate(zip(found, wanted, strict=True))
-        for option in ("betas", "eps", "weight_decay", "amsgrad", "maximize")
-        if not _same(group.get(option), ours[option])
+        for option in ("betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+        if not _same(group.get(option, ours[option]), ours[option])  # older files lack the options that came later
     ]
     names = list(itertools.chain.from_iterable(names for names, _ in _groups(cfg)))
     shapes, state = parameter_shapes(cfg.model), optimizer_state["state"]
@@ -102,16 +103,20 @@ def options_from_torch(optimizer_state: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: it is not the state of an AdamW as `torch_ref.train.make_optimizer` makes it.
     """
-    groups = optimizer_state.get("param_groups", ())
-    if (
-        "state" not in optimizer_state
-        or len(groups) not in (1, 2)
-        or not all({"lr", "betas", "eps", "weight_decay"} <= set(group) for group in groups)
-    ):
-        raise InputError("the optimizer's state is not that of an AdamW with one group, or two of which one does not decay")
+    _check_structure(optimizer_state)
+    groups = optimizer_state["param_groups"]
     (beta1, beta2), first = groups[0]["betas"], groups[0]
     options = {"eps": first["eps"], "weight_decay": first["weight_decay"], "decay": "all" if len(groups) == 1 else "matrices"}
     return {"beta1": beta1, "beta2": beta2, **options}
+
+
+def _check_structure(optimizer_state: Any) -> None:
+    groups = optimizer_state.get("param_groups") if isinstance(optimizer_state, Mapping) else None
+    entries = optimizer_state.get("state") if isinstance(optimizer_state, Mapping) else None
+    wanted = {"params", "lr", "betas", "eps", "weight_decay"}
+    fits = isinstance(groups, list) and len(groups) in (1, 2) and all(isinstance(g, Mapping) and wanted <= set(g) for g in groups)
+    if not fits or not isinstance(entries, Mapping) or not all(isinstance(e, Mapping) and "step" in e for e in entries.values()):
+        raise InputError("the optimizer's state is not that of an AdamW with one group, or two of which one does not decay")
 
 
 def _groups(cfg: TrainConfig) -> list[tuple[list[str], float]]:

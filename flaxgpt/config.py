@@ -2,7 +2,7 @@
 
 Shape suffixes used throughout the project, one letter a dimension:
 B batch, T query position, S key position, D emb_dim, N heads, H head size (D / N),
-F feed-forward width (4 D), V vocabulary, L layer.
+F feed-forward width (4 D), V vocabulary, L layer, K alternatives of a token, Z rows and heads as one axis (B N).
 """
 
 from __future__ import annotations

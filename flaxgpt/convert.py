@@ -104,15 +104,16 @@ def infer_config(state_dict: Mapping[str, Any], n_heads: int | None = None) -> G
     if n_heads is None and emb_dim % 64:
         raise InputError(f"n_heads: give it, since emb_dim={emb_dim} is not made of heads of 64, and shapes don't tell")
     layers = [int(name.split(".")[1]) for name in shapes if re.match(r"trf_blocks\.\d+\.", name)]
+    head = state_dict.get("out_head.weight")
     return GPTConfig(
         vocab_size=vocab_size,
         context_length=context_length,
         emb_dim=emb_dim,
-        n_heads=n_heads or emb_dim // 64,
+        n_heads=emb_dim // 64 if n_heads is None else n_heads,
         n_layers=max(layers, default=0) + 1,
         drop_rate=0.0,
         qkv_bias="trf_blocks.0.att.W_query.bias" in shapes,
-        tie_embeddings="out_head.weight" not in shapes,
+        tie_embeddings=head is None or np.array_equal(head, state_dict["tok_emb.weight"]),
     )
 
 

@@ -65,9 +65,12 @@ def make_problem(
         steps: updates of the training rungs.
 
     Raises:
-        InputError: weights that are not finite, or a length beyond the context.
+        InputError: weights that are not finite, a length beyond the context, or sizes that leave nothing to compare.
     """
     length = cfg.model.context_length if length is None else length
+    for name, value, least in (("batch", batch, 1), ("length", length, 1), ("steps", steps, 2)):
+        if value < least:
+            raise InputError(f"{name}={value}: expected at least {least}")
     if length > cfg.model.context_length:
         raise InputError(f"length={length}: expected at most the model's context_length={cfg.model.context_length}")
     rng = np.random.default_rng(seed)
@@ -101,7 +104,12 @@ def climb(ours: Side, theirs: Side, problem: Problem, rungs: Sequence[str] = RUN
         problem: what both are given.
         rungs: some of RUNGS.
         dtype: the precision under test: "float32", "bfloat16" or "float64".
+
+    Raises:
+        InputError: there is no such rung.
     """
+    if unknown := [rung for rung in rungs if rung not in RUNGS]:
+        raise InputError(f"rungs: {', '.join(unknown)} is none of {', '.join(f'{i} {name}' for i, name in enumerate(RUNGS, 1))}")
     passes = functools.cache(lambda side, dtype: side.passes(problem.cfg.model, problem.weights, problem.batches[0], dtype))
     gradients = functools.cache(lambda: passes(theirs, "float32")["gradients"])
     climbers = {

@@ -181,6 +181,8 @@ class Dropout(nn.Module):
             return x
         if self.has_variable("dropout_masks", "keep"):
             keep = self.get_variable("dropout_masks", "keep")
+            if keep.shape != x.shape:
+                raise ValueError(f"the dropout mask of {'/'.join(self.path)} is {keep.shape}, expected {x.shape}")
         else:
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
             if self.is_mutable_collection("dropout_masks"):

@@ -204,7 +204,7 @@ def compare(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], scales: Ma
 def first_parting(results: Iterable[Result]) -> dict[str, str | None]:
     """The first tensor of the forward pass, and the first of the backward pass, at which the two sides part; None where they don't."""
     failed = {result.rung: [row.name for row in result.failures] for result in results}
-    backward = [*failed.get("loss", []), *failed.get("backward", []), *failed.get("gradients", [])]
+    backward = [*failed.get("loss", []), *failed.get("gradients", [])]
     return {"forward": next(iter(failed.get("activations", [])), None), "backward": next(iter(backward), None)}
 
 

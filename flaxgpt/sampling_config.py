@@ -35,7 +35,8 @@ class SamplingConfig(_Config):
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._require("temperature", lambda v: 0 <= v < math.inf, "0 (greedy) or a positive number")
+        # Logits divided by less would no longer be finite in float32.
+        self._require("temperature", lambda v: v == 0 or 1e-6 <= v < math.inf, "0 (greedy) or a positive number, at least 1e-6")
         self._require("top_k", lambda v: v >= 1, "at least 1, or none at all")
         self._require("top_p", lambda v: 0 < v <= 1, "a value in (0, 1]")
         self._require("min_p", lambda v: 0 <= v <= 1, "a value in [0, 1]")

@@ -37,7 +37,8 @@ def make_train_step(model: GPT, tx: optax.GradientTransformation, grad_accum_ste
     def loss_fn(params: Params, batch: data.Batch, dropout_key: jax.Array, masks: Any) -> jax.Array:
         inputs_BT, targets_BT = batch
         variables = {"params": params} if masks is None else {"params": params, "dropout_masks": masks}
-        logits_BTV = model.apply(variables, inputs_BT, deterministic=False, rngs={"dropout": dropout_key})
+        rngs = {"dropout": dropout_key} if masks is None else {}  # so that a mask that was forgotten is an error, not a draw
+        logits_BTV = model.apply(variables, inputs_BT, deterministic=False, rngs=rngs)
         return next_token_loss(logits_BTV, targets_BT)
 
     def mean_gradient(params: Params, *part: Any) -> tuple[jax.Array, Params]:
@@ -87,6 +88,8 @@ def train(run: Run, corpus: Corpus, *, resume: bool = False) -> TrainState:
         InputError: the splits are too short for the config, there is nothing to resume from, or the loss is not finite.
     """
     cfg = run.cfg
+    if cfg.model.dtype == "float64":
+        raise InputError("dtype=float64 is for comparisons (parity_report.py, replay.py): train in float32 or bfloat16")
     train_batches = data.train_batches(corpus.train, cfg)
     splits = data.eval_batches(corpus.train, cfg, "training"), data.eval_batches(corpus.val, cfg, "validation")
     prompt_BT = np.asarray([corpus.tokenizer.encode(cfg.prompt)], np.int32)

@@ -39,6 +39,8 @@ def planted(bug: Bug) -> Iterator[Any]:
         yield importlib.import_module(f"{bug.side}.record")
     finally:
         sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.split(".")[0] == bug.side and name not in _KEPT]:
+            del sys.modules[name]
         sys.modules.update(saved)
 
 

@@ -125,9 +125,3 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.line(f"{'compared':<48}{'tensors':>8}{'worst':>10}{'bound':>10}  where")
         for what, (count, worst, place, bound) in MEASURED.items():
             terminalreporter.line(f"{what:<48}{count:>8}{worst:>10.1e}{bound:>10.0e}  {place}")
-
-
-def relative(a, b) -> float:
-    """||a - b|| / ||b||, in float64."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))

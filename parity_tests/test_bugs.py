@@ -45,12 +45,13 @@ def test_the_first_parting_is_named_forward_and_backward(problem):
         results = climb(problem, ("activations", "gradients"), theirs=side)
     parting = first_parting(results)
     assert parting["forward"] == "trf_blocks.0.ff.hidden"
-    assert parting["backward"].startswith("backward/"), "gradients part where the last activation does"
+    assert parting["backward"] == "backward/logits", "the gradient starts from other logits"
 
 
 def test_the_table_in_the_docs_is_the_catalogue():
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", PARITY_PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     listed = {(name, rung): (ours, theirs) for name, rung, ours, theirs in rows}
-    for bug in BUGS:
-        assert (bug.name, bug.rung) in listed, f"docs/parity.md lacks {bug.name!r}"
-        assert listed[bug.name, bug.rung][bug.side == "torch_ref"] == "caught"
+    sides = {(bug.name, bug.rung): {other.side for other in BUGS if other.name == bug.name} for bug in BUGS}
+    caught = {bug: tuple("caught" if side in found else "-" for side in ("flaxgpt", "torch_ref")) for bug, found in sides.items()}
+    listed = {bug: told for bug, told in listed.items() if set(told) <= {"caught", "-"}}  # the other tables of the page
+    assert listed == caught

@@ -113,6 +113,22 @@ def test_an_optimizer_state_of_another_model_is_refused_with_every_fault():
         state_from_torch(state_dict, optimizer_state, CONFIG)
 
 
+def test_the_state_of_another_optimizer_is_refused():
+    model, _ = start(CONFIG)
+    groups = [
+        {"params": list(group["params"]), "weight_decay": group["weight_decay"]}
+        for group in make_torch_optimizer(model, CONFIG).param_groups
+    ]
+    adam = torch.optim.Adam(groups, lr=1e-3, betas=(0.9, 0.95))
+    train_torch(model, adam, range(1), CONFIG)
+    state_dict = to_numpy(dict(model.state_dict()))
+    with pytest.raises(ValueError, match="decoupled_weight_decay is False in group 0, True in the config"):
+        state_from_torch(state_dict, to_numpy(adam.state_dict()), CONFIG)
+    for other in (None, [], {}, {"state": {}, "param_groups": [{}]}, {"state": {0: 1}, "param_groups": []}):
+        with pytest.raises(ValueError, match="not that of an AdamW"):
+            state_from_torch(state_dict, other, CONFIG)
+
+
 def test_moments_that_are_not_finite_are_refused_by_name():
     model, optimizer = start(CONFIG, updates=1)
     optimizer_state = to_numpy(optimizer.state_dict())

@@ -24,15 +24,6 @@ V, C = SMALL.vocab_size, SMALL.context_length
 TIED = GPTConfig(vocab_size=61, context_length=24, emb_dim=24, n_heads=2, n_layers=3, drop_rate=0.0, qkv_bias=True, tie_embeddings=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_torch_thread():
-    """The reference's tensors are so small here that a second thread only waits; on a busy machine a hundred times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def pair():
     return random_pair(SMALL)

@@ -57,12 +57,14 @@ def test_bfloat16_differs_by_no_more_than_its_rounding_explains():
 
 
 def test_200_updates_with_dropout_agree_in_float64_to_1e_9():
-    cfg = TrainConfig(model=SMALL.replace(drop_rate=0.2), batch_size=4, warmup_steps=10, max_steps=200)
+    cfg = TrainConfig(model=SMALL.replace(drop_rate=0.2, qkv_bias=True), batch_size=4, warmup_steps=10, max_steps=200)
     problem = ladder.make_problem(cfg, batch=4, steps=200)
     expected, masks = torch_record.train(problem.cfg, problem.weights, problem.batches, "float64")
     ours, _ = record.train(problem.cfg, problem.weights, problem.batches, "float64", masks)
     np.testing.assert_allclose(ours["loss"], expected["loss"], rtol=1e-9)
     differences = parity.compare(ours, expected)
+    for name in [name for name in differences if name.startswith("exp_avg") and name.endswith("W_key.bias")]:
+        del differences[name]  # the gradient is zero, and this its rounding
     assert max(differences.values()) < 1e-9, max(differences, key=differences.get)
     assert np.ptp(expected["loss"]) > 0.1, "nothing was learnt, so nothing was compared"
 
@@ -82,6 +84,25 @@ def test_dropout_masks_that_are_not_independent_draws_are_noticed():
     assert ladder.improbability(fair, 0.9) < 5
     assert ladder.improbability([{"a": rng.random((40, 50)) > 0.2}], 0.9) > 7, "the wrong rate"
     assert ladder.improbability([fair[0], {"a": fair[0]["b"]}], 0.9) > 7, "a mask used twice"
+
+
+def test_masks_that_do_not_fit_are_refused_on_both_sides():
+    cfg = TrainConfig(model=SMALL.replace(drop_rate=0.2), batch_size=2)
+    problem = ladder.make_problem(cfg, steps=2)
+    _, masks = torch_record.train(problem.cfg, problem.weights, problem.batches, "float32")
+    for side in (record, torch_record):
+        wrong = [mask | {"drop_emb": mask["drop_emb"][:1]} for mask in masks]
+        with pytest.raises(ValueError, match=r"dropout mask of drop_emb is \(1, 16, 32\), expected \(2, 16, 32\)"):
+            side.train(problem.cfg, problem.weights, problem.batches, "float32", wrong)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [({"steps": 1}, "steps=1"), ({"batch": 0}, "batch=0"), ({"length": 0}, "length=0"), ({"length": 17}, "length=17")],
+)
+def test_a_problem_that_leaves_nothing_to_compare_is_refused(sizes, named):
+    with pytest.raises(ValueError, match=named):
+        ladder.make_problem(TrainConfig(model=SMALL), **sizes)
 
 
 def test_records_with_other_names_or_shapes_are_not_compared():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, assert_close, random_ids, random_pair, relative
+from conftest import SMALL, assert_close, random_ids, random_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +15,7 @@ from flaxgpt.convert import from_torch
 from flaxgpt.generate import generate
 from flaxgpt.loss import next_token_loss
 from flaxgpt.model import GPT
+from flaxgpt.parity import relative
 from torch_ref import model as torch_model
 from torch_ref.generate import generate_text_simple
 from torch_ref.train import calc_loss_batch

@@ -79,6 +79,14 @@ def test_a_safetensors_file_and_a_preset_s_config_will_do(report, tmp_path):
     assert code == 0, out
 
 
+def test_a_tied_model_s_file_is_read_as_tied(report, tmp_path):
+    model, _ = random_pair(SMALL.replace(tie_embeddings=True))
+    torch.save(model.state_dict(), tmp_path / "tied.pt")
+    code, _, err = report("--state-dict", tmp_path / "tied.pt", "--n-heads", 4, "--rungs", 2, "--json", tmp_path / "r.json")
+    assert code == 0, err
+    assert json.loads((tmp_path / "r.json").read_text())["config"]["tie_embeddings"] is True
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -89,6 +97,7 @@ def test_a_safetensors_file_and_a_preset_s_config_will_do(report, tmp_path):
         (["--checkpoint", "a", "--preset", "tiny"], "--checkpoint brings its own config"),
         (["--device", "tpu"], "device=tpu: JAX has only cpu here"),
         (["--batch", "0"], "batch=0"),
+        (["--preset", "tiny", "--n-heads", "2"], "--n-heads goes with --state-dict alone"),
         (["--length", "65"], "length=65: expected at most the model's context_length=64"),
         (["--dtype", "float16"], "float16"),
         (["--html", "no/such/folder/x.html"], "can't write no/such/folder/x.html"),

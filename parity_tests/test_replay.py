@@ -89,6 +89,15 @@ def test_the_script_fails_when_the_runs_part(config, tmp_path, monkeypatch, call
     assert "seen in the third decimal from step" in out
 
 
+def test_a_training_run_is_not_replaced_by_a_replay(config, tmp_path, call):
+    run, corpus = prepare(config.replace(max_steps=1), tmp_path / "run")
+    with run:
+        train_torch(run, corpus)
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    refused(call(replay_script, "--out-dir", tmp_path / "run", "--overwrite"), "holds a training run")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("flag", [["--resume"], ["--dtype", "bfloat16"], ["--grad-accum-steps", "2"], ["--no-drop-last"]])
 def test_what_can_t_be_replayed_is_said_in_one_line(flag, call):
-    refused(call(replay_script, "--out-dir", "out", *flag), "replay")
+    refused(call(replay_script, "--out-dir", "out", *flag), "replay|not a run folder")

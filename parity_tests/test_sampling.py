@@ -189,6 +189,14 @@ def test_the_reference_processes_logits_alike(written, temperature):
     np.testing.assert_allclose(Chain.of(config)(jnp.asarray(logits), seen_of(prompt, new, 50)), theirs, rtol=2e-6)
 
 
+def test_top_p_keeps_or_drops_equal_tokens_together_on_both_sides():
+    logits = np.log(np.array([[0.3, 0.2, 0.2, 0.2, 0.1]], np.float32))
+    for top_p, kept in ((0.2, [0]), (0.4, [0, 1, 2, 3]), (0.95, [0, 1, 2, 3, 4])):
+        config, nothing = SamplingConfig(top_p=top_p), torch.zeros(1, 0, dtype=torch.int64)
+        assert np.flatnonzero(np.isfinite(Chain.of(config)(jnp.asarray(logits))[0])).tolist() == kept
+        assert np.flatnonzero(np.isfinite(process_logits(torch.from_numpy(logits), nothing, nothing, config)[0])).tolist() == kept
+
+
 def test_functions_of_the_users_come_last():
     def only_even(logits_BV):
         return jnp.where(jnp.arange(logits_BV.shape[1]) % 2 == 0, logits_BV, -jnp.inf)

@@ -117,6 +117,13 @@ def test_the_run_folder_holds_what_scripts_rely_on(config, tmp_path, capsys):
     assert params["tok_emb"]["embedding"].shape == (cfg.model.vocab_size, 32)
 
 
+def test_training_in_float64_is_refused_before_anything_is_touched(config, tmp_path):
+    run, corpus = prepare(config.replace(model=config.model.replace(dtype="float64")), tmp_path / "run")
+    with run, pytest.raises(ValueError, match="float64 is for comparisons"):
+        train(run, corpus)
+    assert not (tmp_path / "run").exists()
+
+
 def test_learning_happens_and_is_reproducible(config, tmp_path):
     cfg = config.replace(max_steps=60, eval_every=100, learning_rate=1e-2, min_learning_rate=1e-3)
     first = run_to_the_end(cfg, tmp_path / "one")

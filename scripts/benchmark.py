@@ -94,7 +94,9 @@ def hugging_face_generate(cfg: GPTConfig) -> Callable[[Any, int], Any]:
         raise InputError(f'{error.name} is not installed: pip install -e ".[parity,test]" brings it') from None
 
     shape = {"n_positions": cfg.context_length, "n_embd": cfg.emb_dim, "n_layer": cfg.n_layers, "n_head": cfg.n_heads}
-    config = GPT2Config(vocab_size=cfg.vocab_size, **shape, bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    config = GPT2Config(
+        vocab_size=cfg.vocab_size, **shape, tie_word_embeddings=cfg.tie_embeddings, bos_token_id=None, eos_token_id=None, pad_token_id=0
+    )
     model = GPT2LMHeadModel(config).eval().to(getattr(torch, cfg.dtype))
 
     def generate(prompt_BT: Any, new_tokens: int) -> Any:

@@ -103,7 +103,7 @@ def _rungs(wanted: tuple[str, ...]) -> list[str]:
     from flaxgpt.ladder import RUNGS
 
     by_number = {str(i): name for i, name in enumerate(RUNGS, 1)}
-    named = [by_number.get(rung, rung) for rung in wanted] or list(RUNGS)
+    named = {by_number.get(rung, rung) for rung in wanted} or set(RUNGS)
     if unknown := [rung for rung in named if rung not in RUNGS]:
         raise InputError(f"rungs: {', '.join(unknown)} is none of {', '.join(f'{i} {name}' for i, name in by_number.items())}")
     return [rung for rung in RUNGS if rung in named]
@@ -112,9 +112,8 @@ def _rungs(wanted: tuple[str, ...]) -> list[str]:
 def _check(args: ReportArgs) -> None:
     if args.checkpoint and (args.preset or args.state_dict):
         raise InputError("--checkpoint brings its own config and weights: leave out --preset and --state-dict")
-    for name in ("batch", "steps", "length"):
-        if (value := getattr(args, name)) is not None and value < (2 if name == "steps" else 1):
-            raise InputError(f"{name}={value}: expected at least {2 if name == 'steps' else 1}")
+    if args.n_heads is not None and (args.state_dict is None or args.preset):
+        raise InputError("--n-heads goes with --state-dict alone: a preset or a checkpoint brings its own")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"seed={args.seed}: expected a value in [0, 2**32)")
     for path in (args.json, args.plot, args.html):

@@ -27,6 +27,8 @@ def main() -> None:
 
     from flaxgpt.prepare import prepare
 
+    if (args.out_dir / "metrics.jsonl").exists():
+        raise InputError(f"{args.out_dir} holds a training run, which a replay does not replace: choose another --out-dir")
     run, corpus = prepare(args.config, args.out_dir, overwrite=args.overwrite)
 
     from flaxgpt.replay import Comparison, replay

@@ -68,6 +68,8 @@ def main() -> None:
         raise InputError(f"seed={args.seed}: expected a value in [0, 2**32)")
     if (args.prompt is not None) + (args.prompts is not None) + args.interactive > 1:
         raise InputError("--prompt, --prompts and --interactive exclude each other")
+    if args.top_log_probs and not args.json:
+        raise InputError("--top-log-probs is for --json: plain text has no place for them")
     if args.json and (args.stream or args.interactive):
         raise InputError("--json prints whole samples: leave out --stream and --interactive")
     if args.num_samples > 1 and (args.stream or args.interactive):
@@ -109,7 +111,10 @@ def read_prompts(args: SampleArgs) -> list[str]:
         return []
     text = args.prompt
     if text == "-":
-        text = sys.stdin.read()
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError:
+            raise InputError("prompt: standard input is not UTF-8 text") from None
     elif text.startswith("FILE:"):
         text = read_file(Path(text.removeprefix("FILE:")), "prompt")
     if not text:
@@ -134,6 +139,8 @@ def typed_lines(tokenizer: Any) -> Iterator[str]:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
+        except UnicodeDecodeError:
+            raise InputError("standard input is not UTF-8 text") from None
         try:
             if tokenizer.encode(line):
                 yield line

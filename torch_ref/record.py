@@ -179,7 +179,13 @@ def replayed_masks(model: GPTModel, masks: Tensors) -> Iterator[Tensors]:
 
     def replay(name: str) -> Callable[..., torch.Tensor]:
         keep = torch.from_numpy(np.array(masks[name]))
-        return lambda module, args, _: args[0] * keep / (1 - module.p)
+
+        def hook(module: nn.Dropout, args: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+            if keep.shape != args[0].shape:
+                raise ValueError(f"the dropout mask of {name} is {tuple(keep.shape)}, expected {tuple(args[0].shape)}")
+            return args[0] * keep / (1 - module.p)
+
+        return hook
 
     with _removed_after([module.register_forward_hook(replay(name)) for name, module in _dropouts(model) if module.p]):
         yield masks

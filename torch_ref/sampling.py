@@ -30,10 +30,11 @@ def process_logits(logits_BV: torch.Tensor, prompt_BT: torch.Tensor, new_BT: tor
         kth_B1 = torch.topk(logits_BV, min(config.top_k, logits_BV.shape[-1])).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)
     if config.top_p is not None and config.top_p < 1:
-        sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
+        sorted_BV = logits_BV.sort(dim=-1, descending=True).values
         probs_BV = sorted_BV.softmax(dim=-1)
         goes_BV = probs_BV.cumsum(dim=-1) - probs_BV >= config.top_p  # the likelier ones have that much already
-        logits_BV = logits_BV.masked_fill(goes_BV.scatter(1, order_BV, goes_BV), -torch.inf)
+        least_B1 = sorted_BV.masked_fill(goes_BV, torch.inf).amin(dim=-1, keepdim=True)
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)  # so that equals stay or go together
     if config.min_p is not None:
         probs_BV = logits_BV.softmax(dim=-1)
         logits_BV = logits_BV.masked_fill(probs_BV < config.min_p * probs_BV.amax(dim=-1, keepdim=True), -torch.inf)
