@@ -25,7 +25,11 @@ class LayerCache(NamedTuple):
     filled: jax.Array
 
     def extend(self, k_BTNH: jax.Array, v_BTNH: jax.Array) -> LayerCache:
-        """The cache with T more slots filled, for all rows."""
+        """The cache with T more slots filled, for all rows.
+
+        Raises:
+            ValueError: it has fewer than T slots.
+        """
         T, S = k_BTNH.shape[1], self.k_ZSH.shape[1]
         if T > S:
             raise ValueError(f"{T} tokens do not fit in a cache of {S} slots")

@@ -34,6 +34,12 @@ Batch = tuple[np.ndarray, np.ndarray]
 def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[str, Tensors]:
     """One forward and backward pass without dropout.
 
+    Args:
+        cfg: the model's config.
+        weights: by the names of the reference's parameters.
+        batch: (inputs_BT, targets_BT), int64.
+        dtype: the precision.
+
     Returns:
         "activations" and "backward" (the gradient of the loss with respect to each of them, the last one first),
         "loss", and "gradients" of all parameters.
@@ -51,14 +57,26 @@ def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[s
 
 
 def clip(gradients: Tensors, cfg: TrainConfig, dtype: str) -> Tensors:
-    """The gradients clipped to the config's `clip_norm`, and the "norm" they had."""
+    """The gradients, by the names of the reference's parameters, clipped to the config's `clip_norm`, and the "norm" () they had."""
     with precision(dtype):
         clipped, norm = _clip(_params(gradients, cfg.model, dtype), cfg.clip_norm)
         return {"norm": np.asarray(norm), **_named(clipped, cfg.model)}
 
 
 def adamw(cfg: TrainConfig, weights: Tensors, gradients: Tensors, moments: Mapping[str, Tensors], step: int, dtype: str) -> Tensors:
-    """Parameters and moments after update `step` (from 0), made from these gradients, weights and moments."""
+    """One update of AdamW from given gradients.
+
+    Args:
+        cfg: the run, without clipping.
+        weights: before the update, by the names of the reference's parameters, as are the gradients and both moments.
+        gradients: what to update with.
+        moments: "exp_avg" and "exp_avg_sq" before the update.
+        step: the updates made before.
+        dtype: the precision.
+
+    Returns:
+        "parameter/...", "exp_avg/..." and "exp_avg_sq/..." after it.
+    """
     with precision(dtype):
         params, grads, mu, nu = (_params(t, cfg.model, dtype) for t in (weights, gradients, moments["exp_avg"], moments["exp_avg_sq"]))
         params, opt_state = _adamw(params, grads, mu, nu, step, cfg.replace(seed=0))

@@ -27,6 +27,12 @@ Batch = tuple[np.ndarray, np.ndarray]
 def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[str, Tensors]:
     """One forward and backward pass without dropout.
 
+    Args:
+        cfg: the model's config.
+        weights: by the names of the reference's parameters.
+        batch: (inputs_BT, targets_BT), int64.
+        dtype: the precision.
+
     Returns:
         "activations" and "backward" (the gradient of the loss with respect to each of them, the last one first),
         "loss", and "gradients" of all parameters.
@@ -47,7 +53,7 @@ def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[s
 
 
 def clip(gradients: Tensors, cfg: TrainConfig, dtype: str) -> Tensors:
-    """The gradients clipped to the config's `clip_norm`, and the "norm" they had."""
+    """The gradients, by the names of the reference's parameters, clipped to the config's `clip_norm`, and the "norm" () they had."""
     model = build(cfg.model, gradients, dtype)
     _set_gradients(model, gradients)
     norm = clip_gradients_(model, cfg)
@@ -55,7 +61,19 @@ def clip(gradients: Tensors, cfg: TrainConfig, dtype: str) -> Tensors:
 
 
 def adamw(cfg: TrainConfig, weights: Tensors, gradients: Tensors, moments: Mapping[str, Tensors], step: int, dtype: str) -> Tensors:
-    """Parameters and moments after update `step` (from 0), made from these gradients, weights and moments."""
+    """One update of AdamW from given gradients.
+
+    Args:
+        cfg: the run, without clipping.
+        weights: before the update, by the names of the reference's parameters, as are the gradients and both moments.
+        gradients: what to update with.
+        moments: "exp_avg" and "exp_avg_sq" before the update.
+        step: the updates made before.
+        dtype: the precision.
+
+    Returns:
+        "parameter/...", "exp_avg/..." and "exp_avg_sq/..." after it.
+    """
     model = build(cfg.model, weights, dtype)
     optimizer = make_optimizer(model, cfg)
     _set_gradients(model, gradients)
