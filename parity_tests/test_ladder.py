@@ -136,7 +136,7 @@ def test_the_whole_ladder_passes_in_bfloat16_for_10_seeds():
         assert_passed(climb(ladder.make_problem(cfg, seed=seed), dtype="bfloat16"), f"seed {seed}")
 
 
-@pytest.mark.slow  # about five minutes on two cores, 13 GB of memory
+@pytest.mark.slow  # about ten minutes on two cores, up to 20 GB of memory
 def test_the_whole_ladder_passes_for_the_124m_reference(all_cores):
     cfg = TrainConfig.preset("verdict-124m")
     assert_passed(climb(ladder.make_problem(cfg, batch=1, length=32, steps=2)), "verdict-124m")
