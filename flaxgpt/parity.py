@@ -110,7 +110,9 @@ class Row:
         In the precision under test it is enough to be near the reference or near the truth: flaxgpt does not answer for the reference's
         rounding. (torch adds up a gradient's squares in float32 one after the other, which at 38 million elements is wrong by 2e-4.)
         """
-        near = self.difference if self.ours is None or np.isnan(self.difference) else min(self.difference, self.ours)
+        near = self.difference
+        if near is not None and self.ours is not None and not np.isnan(near):
+            near = min(near, self.ours)
         pairs = ((near, self.bound), (self.exact, self.exact_bound))
         shares = [value / bound if bound else (0.0 if value == 0 else np.inf) for value, bound in pairs if value is not None]
         return max((np.inf if np.isnan(share) else float(share) for share in shares), default=0.0)
