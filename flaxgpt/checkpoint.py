@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from flaxgpt.config import GPTConfig, TrainConfig
-from flaxgpt.convert import from_torch, shape_faults
+from flaxgpt.convert.params import from_torch, shape_faults
+from flaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from flaxgpt.errors import InputError
 from flaxgpt.model import GPT
-from flaxgpt.run import CHECKPOINTS, TOKENIZER, TORCH_WEIGHTS, load_config
+from flaxgpt.run.folder import CHECKPOINTS, TOKENIZER, TORCH_WEIGHTS, load_config
 from flaxgpt.state import Params, TrainState
-from flaxgpt.tokenizer import Tokenizer, load_tokenizer
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every step through absl,
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and a read that fails both raises and logs a traceback here

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from flaxgpt.errors import InputError
+from flaxgpt.presets import PRESETS
 
 
 class _Config:
@@ -220,85 +221,52 @@ class TrainConfig(_Config):
         return cls(model=GPTConfig(**model), **run)
 
 
-def _gpt2(n_layers: int, n_heads: int, emb_dim: int, learning_rate: float) -> tuple[dict, dict]:
-    """A released GPT-2 size (Radford et al. 2019), trained much as nanoGPT does (half a million tokens an update)."""
-    model = {
-        "n_layers": n_layers,
-        "n_heads": n_heads,
-        "emb_dim": emb_dim,
-        "qkv_bias": True,
-        "tie_embeddings": True,
-        "drop_rate": 0.0,
-        "dtype": "bfloat16",
-        "remat": True,
-    }
-    run = {
-        "batch_size": 512,
-        "grad_accum_steps": 32,
-        "max_steps": 600_000,
-        "learning_rate": learning_rate,
-        "min_learning_rate": learning_rate / 10,
-        "warmup_steps": 2000,
-        "eval_every": 1000,
-        "stride": 1,
-    }
-    return model, run
+@dataclass(frozen=True)
+class SamplingConfig(_Config):
+    """Settings in the order in which they act: the first five always, the others when drawing (temperature above 0)."""
 
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> what is added to its logit."""
+    repetition_penalty: float | None = None
+    """Divides positive logits of the tokens in the prompt and in the new text, multiplies negative ones (Keskar et al. 2019)."""
+    presence_penalty: float | None = None
+    """Subtracted from the logits of the tokens in the new text."""
+    frequency_penalty: float | None = None
+    """Subtracted from them once for each time they occur there."""
+    banned: tuple[int, ...] = ()
+    """Token ids that are never chosen."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token (the first of equal ones)."""
+    top_k: int | None = None
+    """Draw among the k largest logits, and those equal to the k-th; more than V means all."""
+    top_p: float | None = None
+    """Draw among the fewest likeliest tokens that have this probability together, in (0, 1] (Holtzman et al. 2020)."""
+    min_p: float | None = None
+    """Draw among the tokens at least this many times as likely as the likeliest, in [0, 1]."""
 
-PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "tiny": (
-        {"context_length": 64, "emb_dim": 192, "n_heads": 4, "n_layers": 2, "drop_rate": 0.0, "tie_embeddings": True, "vocab_size": 95},
-        {
-            "tokenizer": "char",
-            "batch_size": 16,
-            "max_steps": 1000,
-            "stride": 1,
-            "learning_rate": 4e-3,
-            "min_learning_rate": 4e-4,
-            "beta2": 0.99,
-            "log_every": 50,
-            "eval_every": 125,
-            "sample_tokens": 100,
-        },
-    ),
-    "verdict-124m": (
-        {"context_length": 256, "init": "torch"},
-        {
-            "data": "the-verdict",
-            "batch_size": 2,
-            "max_steps": 90,
-            "learning_rate": 4e-4,
-            "min_learning_rate": None,
-            "warmup_steps": 0,
-            "beta2": 0.999,
-            "decay": "all",
-            "clip_norm": None,
-            "log_every": 5,
-            "eval_every": 5,
-            "eval_batches": 5,
-            "prompt": "Every effort moves you",
-        },
-    ),
-    "shakespeare-char": (
-        {"context_length": 64, "emb_dim": 128, "n_heads": 4, "n_layers": 4, "drop_rate": 0.0, "tie_embeddings": True, "vocab_size": 65},
-        {
-            "data": "tinyshakespeare",
-            "tokenizer": "char",
-            "batch_size": 12,
-            "max_steps": 2000,
-            "stride": 1,
-            "beta2": 0.99,
-            "eval_every": 250,
-            "prompt": "ROMEO:",
-            "sample_tokens": 200,
-        },
-    ),
-    "gpt2-124m": _gpt2(12, 12, 768, 6e-4),
-    "gpt2-355m": _gpt2(24, 16, 1024, 3e-4),
-    "gpt2-774m": _gpt2(36, 20, 1280, 2.5e-4),
-    "gpt2-1558m": _gpt2(48, 25, 1600, 2e-4),
-}
-"""Preset name -> (fields of the model, fields of the run) that differ from the defaults."""
+    def __post_init__(self) -> None:
+        self._check_types()
+        # Logits divided by less would no longer be finite in float32.
+        self._require("temperature", lambda v: v == 0 or 1e-6 <= v < math.inf, "0 (greedy) or a positive number, at least 1e-6")
+        self._require("top_k", lambda v: v >= 1, "at least 1, or none at all")
+        self._require("top_p", lambda v: 0 < v <= 1, "a value in (0, 1]")
+        self._require("min_p", lambda v: 0 <= v <= 1, "a value in [0, 1]")
+        self._require("repetition_penalty", lambda v: 0 < v < math.inf, "a positive number (1 changes nothing)")
+        self._require("presence_penalty frequency_penalty", math.isfinite, "a finite number")
+        self._require("logit_bias", lambda bias: all(math.isfinite(v) for v in bias.values()), "finite numbers; to exclude a token, ban it")
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """InputError if a token id is outside the vocabulary, or none is left to choose."""
+        for name in ("logit_bias", "banned"):
+            if outside := [i for i in getattr(self, name) if not 0 <= i < vocab_size]:
+                raise InputError(f"{name} names token ids {outside[:5]}, outside the vocabulary of {vocab_size}")
+        if len(set(self.banned)) == vocab_size:
+            raise InputError("banned names every token of the vocabulary: there is none left to choose")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what has been written so far matters."""
+        return any(penalty is not None for penalty in (self.repetition_penalty, self.presence_penalty, self.frequency_penalty))
 
 
 def _is_a(value: Any, kind: Any) -> bool:

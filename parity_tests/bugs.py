@@ -36,13 +36,15 @@ def planted(bug: Bug) -> Iterator[Any]:
         del sys.modules[name]
     sys.meta_path.insert(0, finder)
     try:
-        yield importlib.import_module(f"{bug.side}.record")
+        yield importlib.import_module(_SIDES[bug.side])
     finally:
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name.split(".")[0] == bug.side and name not in _KEPT]:
             del sys.modules[name]
         sys.modules.update(saved)
 
+
+_SIDES = {"flaxgpt": "flaxgpt.parity.flax_side", "torch_ref": "torch_ref.parity.torch_side"}
 
 _KEPT = ("flaxgpt.config", "flaxgpt.errors")
 """Whose classes the problem is made of."""
@@ -71,7 +73,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
         return compile(source.replace(self.bug.old, self.bug.new), self.path, "exec")
 
 
-_FLAX, _TORCH, _OPTIM, _TRAIN = "flaxgpt.model", "torch_ref.model", "flaxgpt.optim", "torch_ref.train"
+_FLAX, _TORCH = "flaxgpt.model", "torch_ref.model"
+_OPTIM, _TORCH_OPTIM, _STEP, _TORCH_STEP = "flaxgpt.optim", "torch_ref.optim", "flaxgpt.step", "torch_ref.step"
 _CAUSAL = "jnp.tril(jnp.ones((T, T), bool))"
 _PROJECTION = "return self.out_proj(context_BTNH.reshape(B, T, D))"
 _OTHER_PROJECTION = """x_BTD = context_BTNH.reshape(B, T, D)
@@ -140,7 +143,7 @@ BUGS = (
     Bug(
         "transposed output projection",
         "activations",
-        "flaxgpt.convert",
+        "flaxgpt.convert.params",
         '.endswith("kernel")',
         '.endswith("kernel") and "proj" not in self.path',
     ),
@@ -178,7 +181,7 @@ BUGS = (
     Bug(
         "loss a mean over the wrong count",
         "loss",
-        _TRAIN,
+        "torch_ref.loss",
         "targets_BT.flatten())",
         "targets_BT.flatten()) * targets_BT.numel() / (targets_BT.numel() - 1)",
     ),
@@ -191,20 +194,20 @@ BUGS = (
     ),
     Bug("half the gradient of the queries", "gradients", _TORCH, "q_BNTH @", "(q_BNTH + q_BNTH.detach()) / 2 @"),
     Bug("clipping by value", "clipping", _OPTIM, "lambda g: g * scale.astype(g.dtype)", "lambda g: jnp.clip(g, -limit, limit)"),
-    Bug("clipping by value", "clipping", _TRAIN, _CLIP, _CLIP_VALUE),
+    Bug("clipping by value", "clipping", _TORCH_OPTIM, _CLIP, _CLIP_VALUE),
     Bug("decay applied to nothing", "adamw", _OPTIM, "weight_decay=cfg.weight_decay", "weight_decay=0.0"),
-    Bug("decay applied to nothing", "adamw", _TRAIN, '"weight_decay": cfg.weight_decay}', '"weight_decay": 0.0}'),
+    Bug("decay applied to nothing", "adamw", _TORCH_OPTIM, '"weight_decay": cfg.weight_decay}', '"weight_decay": 0.0}'),
     Bug("decay coupled (L2)", "adamw", _OPTIM, _CHAIN, _L2),
-    Bug("decay coupled (L2)", "adamw", _TRAIN, "return torch.optim.AdamW(", "return torch.optim.Adam("),
+    Bug("decay coupled (L2)", "adamw", _TORCH_OPTIM, "return torch.optim.AdamW(", "return torch.optim.Adam("),
     Bug("decay of biases and norms too", "adamw", _OPTIM, 'path[-1].key in ("kernel", "embedding")', "True"),
-    Bug("decay of biases and norms too", "adamw", _TRAIN, "parameter.ndim >= 2", "True"),
+    Bug("decay of biases and norms too", "adamw", _TORCH_OPTIM, "parameter.ndim >= 2", "True"),
     Bug("eps inside the square root", "adamw", _OPTIM, "cfg.beta2, cfg.eps, weight_decay", "cfg.beta2, 0.0, cfg.eps, weight_decay"),
     Bug("no bias correction", "adamw", _OPTIM, _CHAIN, _UNCORRECTED),
     Bug("schedule off by one", "adamw", _OPTIM, "schedule(1.0 * step)", "schedule(1.0 * step + 1)"),
-    Bug("schedule off by one", "adamw", _TRAIN, _RATE, _RATE.replace("step,", "step + 1,")),
-    Bug("microbatches summed, not averaged", "accumulation", "flaxgpt.train", "x / grad_accum_steps, total", "x, total"),
-    Bug("microbatches summed, not averaged", "accumulation", _TRAIN, "(len(inputs) / len(inputs_BT),", "(1.0,"),
-    Bug("gradients of the last update kept", "training", _TRAIN, "    optimizer.zero_grad()\n", ""),
+    Bug("schedule off by one", "adamw", _TORCH_OPTIM, _RATE, _RATE.replace("step,", "step + 1,")),
+    Bug("microbatches summed, not averaged", "accumulation", _STEP, "x / grad_accum_steps, total", "x, total"),
+    Bug("microbatches summed, not averaged", "accumulation", _TORCH_STEP, "(len(inputs) / len(inputs_BT),", "(1.0,"),
+    Bug("gradients of the last update kept", "training", _TORCH_STEP, "    optimizer.zero_grad()\n", ""),
     Bug("dropout without rescaling", "dropout", _FLAX, "x / (1 - self.rate)", "x"),
     Bug(
         "dropout without rescaling",
@@ -215,19 +218,19 @@ BUGS = (
     ),
     Bug("dropout mask reused across layers", "dropout", _FLAX, '"dropout": True}', '"dropout": False}'),
     Bug("dropout mask reused across layers", "dropout", _TORCH, _BLOCK, f"torch.manual_seed(0)\n        {_BLOCK}"),
-    Bug("top-k that drops ties", "generation", "flaxgpt.processors", _ABOVE, "jnp.argsort(jnp.argsort(-logits_BV)) >= top_k"),
+    Bug("top-k that drops ties", "generation", "flaxgpt.generation.processors", _ABOVE, "jnp.argsort(jnp.argsort(-logits_BV)) >= top_k"),
     Bug(
         "top-k that drops ties",
         "generation",
-        "torch_ref.sampling",
+        "torch_ref.generation.sampling",
         _ABOVE_TORCH,
         "torch.where((-logits_BV).argsort().argsort() < config.top_k, logits_BV, -torch.inf)",
     ),
-    Bug("temperature applied after the mask's threshold", "generation", "flaxgpt.sampling", _TOP_K, _TOP_K_BEFORE),
+    Bug("temperature applied after the mask's threshold", "generation", "flaxgpt.generation.sampling", _TOP_K, _TOP_K_BEFORE),
     Bug(
         "temperature applied after the mask's threshold",
         "generation",
-        "torch_ref.sampling",
+        "torch_ref.generation.sampling",
         "torch.topk(logits_BV,",
         "torch.topk(logits_BV * config.temperature,",
     ),

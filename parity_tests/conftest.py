@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.convert import from_torch
-from flaxgpt.corpus import cache_dir, download
-from flaxgpt.parity import Result
+from flaxgpt.convert.params import from_torch
+from flaxgpt.data.corpora import cache_dir, download
+from flaxgpt.parity.compare import Result
 from torch_ref.model import GPTModel
 
 jax.config.update("jax_default_matmul_precision", "float32")

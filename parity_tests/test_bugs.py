@@ -9,8 +9,8 @@ from conftest import SMALL
 from test_ladder import climb
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.ladder import make_problem
-from flaxgpt.parity import first_parting
+from flaxgpt.parity.compare import first_parting
+from flaxgpt.parity.ladder import make_problem
 
 PARITY_PAGE = Path(__file__).parent.parent / "docs" / "parity.md"
 FAST = ("erf GELU", "positions off by one", "schedule off by one")

@@ -6,16 +6,16 @@ import pytest
 import torch
 from conftest import SMALL, assert_close, random_ids, random_pair
 
-from flaxgpt.carry import state_from_torch, state_to_torch
 from flaxgpt.config import TrainConfig
-from flaxgpt.convert import from_torch
+from flaxgpt.convert.optimizer import state_from_torch, state_to_torch
+from flaxgpt.convert.params import from_torch
 from flaxgpt.model import GPT
 from flaxgpt.optim import make_optimizer
-from flaxgpt.train import make_train_step
+from flaxgpt.step import make_train_step
 from torch_ref.checkpoint import to_numpy, to_tensors
 from torch_ref.model import GPTModel
-from torch_ref.train import make_optimizer as make_torch_optimizer
-from torch_ref.train import update
+from torch_ref.optim import make_optimizer as make_torch_optimizer
+from torch_ref.step import update
 
 CONFIG = TrainConfig(model=SMALL, batch_size=4, warmup_steps=2, max_steps=8)
 

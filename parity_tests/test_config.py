@@ -77,7 +77,7 @@ def test_an_unknown_preset_is_answered_with_the_known_ones():
         GPTConfig.preset("huge")
 
 
-@pytest.mark.parametrize("module", ["flaxgpt.config", "flaxgpt.cli", "flaxgpt.run", "flaxgpt.convert"])
+@pytest.mark.parametrize("module", ["flaxgpt.config", "flaxgpt.run.cli", "flaxgpt.run.folder", "flaxgpt.convert.params"])
 def test_modules_that_both_sides_share_load_no_framework(module):
     code = f"import {module}, sys; print(sorted({{'jax', 'flax', 'torch', 'optax'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

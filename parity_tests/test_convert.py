@@ -5,7 +5,7 @@ import torch
 from conftest import SMALL, random_pair
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.convert import from_torch, to_torch
+from flaxgpt.convert.params import from_torch, to_torch
 from torch_ref.model import GPTModel
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from flaxgpt import corpus
 from flaxgpt.config import GPTConfig, TrainConfig
-from flaxgpt.data import Windows, eval_batches, train_batches
-from torch_ref.data import create_dataloaders
+from flaxgpt.data import corpora as corpus
+from flaxgpt.data.loader import Windows, eval_batches, train_batches
+from torch_ref.data.loader import create_dataloaders
 
 TOKENS = np.arange(100, dtype=np.uint16)
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 import train_jax
 
-from flaxgpt.corpus import load_corpus
-from flaxgpt.run import read_metrics
+from flaxgpt.data.corpora import load_corpus
+from flaxgpt.run.folder import read_metrics
 
 
 @pytest.mark.slow  # about 100 s on two cores

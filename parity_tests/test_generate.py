@@ -14,11 +14,11 @@ from test_sampling import EVERYTHING
 
 from flaxgpt.cache import LayerCache, empty_cache
 from flaxgpt.config import GPTConfig
-from flaxgpt.decode import State, decode, forward, prefill, unstack
-from flaxgpt.generate import Request, complete, generate
+from flaxgpt.generation.decode import State, decode, forward, prefill, unstack
+from flaxgpt.generation.generate import Request, complete, generate
+from flaxgpt.generation.sampling import gumbel_noise
 from flaxgpt.model import GPT
-from flaxgpt.sampling import gumbel_noise
-from torch_ref import generate as torch_generate
+from torch_ref.generation import generate as torch_generate
 
 V, C = SMALL.vocab_size, SMALL.context_length
 TIED = GPTConfig(vocab_size=61, context_length=24, emb_dim=24, n_heads=2, n_layers=3, drop_rate=0.0, qkv_bias=True, tie_embeddings=True)

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from conftest import SMALL, remember
 
-from flaxgpt import ladder, parity, record
 from flaxgpt.config import GPTConfig, TrainConfig
-from torch_ref import record as torch_record
+from flaxgpt.parity import compare as parity
+from flaxgpt.parity import flax_side as record
+from flaxgpt.parity import ladder
+from torch_ref.parity import torch_side as torch_record
 
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from flaxgpt import model as flax_model
 from flaxgpt.config import GPTConfig
-from flaxgpt.convert import from_torch
-from flaxgpt.generate import generate
+from flaxgpt.convert.params import from_torch
+from flaxgpt.generation.generate import generate
 from flaxgpt.loss import next_token_loss
 from flaxgpt.model import GPT
-from flaxgpt.parity import relative
+from flaxgpt.parity.compare import relative
 from torch_ref import model as torch_model
-from torch_ref.generate import generate_text_simple
-from torch_ref.train import calc_loss_batch
+from torch_ref.generation.generate import generate_text_simple
+from torch_ref.loss import calc_loss_batch
 
 LOGITS_BOUND, LOSS_BOUND = 2e-6, 3e-6
 

@@ -4,7 +4,7 @@ from conftest import SMALL, random_pair
 
 from flaxgpt.config import TrainConfig
 from flaxgpt.optim import make_schedule, matrices
-from torch_ref.train import learning_rate
+from torch_ref.optim import learning_rate
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 10])

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from flaxgpt.config import TrainConfig
 from torch_ref.model import GPTModel
-from torch_ref.train import make_optimizer, update
+from torch_ref.optim import make_optimizer
+from torch_ref.step import update
 
 CFG = TrainConfig(model=SMALL, batch_size=2)
 

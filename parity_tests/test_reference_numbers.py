@@ -10,19 +10,20 @@ import torch
 from conftest import assert_close
 
 from flaxgpt.config import GPTConfig, TrainConfig
-from flaxgpt.convert import from_torch
-from flaxgpt.corpus import load_corpus
-from flaxgpt.generate import generate
+from flaxgpt.convert.params import from_torch
+from flaxgpt.data.corpora import load_corpus
+from flaxgpt.data.tokenizer import get_tokenizer
+from flaxgpt.generation.generate import generate
 from flaxgpt.loss import next_token_loss, perplexity
 from flaxgpt.model import GPT
-from flaxgpt.prepare import prepare
-from flaxgpt.run import read_metrics
-from flaxgpt.tokenizer import get_tokenizer
-from flaxgpt.train import make_eval_step
-from torch_ref.data import create_dataloaders
-from torch_ref.generate import generate_text_simple
+from flaxgpt.run.folder import read_metrics
+from flaxgpt.run.setup import prepare
+from flaxgpt.step import make_eval_step
+from torch_ref.data.loader import create_dataloaders
+from torch_ref.generation.generate import generate_text_simple
 from torch_ref.model import GPTModel
-from torch_ref.train import calc_loss_loader, evaluate_model, train
+from torch_ref.step import calc_loss_loader, evaluate_model
+from torch_ref.train import train
 
 pytestmark = pytest.mark.usefixtures("all_cores")
 

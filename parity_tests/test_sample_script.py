@@ -14,7 +14,7 @@ import sample
 from conftest import refused
 
 from flaxgpt.config import GPTConfig, TrainConfig
-from flaxgpt.prepare import prepare
+from flaxgpt.run.setup import prepare
 from flaxgpt.train import train
 
 MODEL = GPTConfig(n_layers=1, n_heads=2, emb_dim=16, context_length=8, drop_rate=0.0)

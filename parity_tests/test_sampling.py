@@ -5,11 +5,11 @@ import pytest
 import torch
 from scipy import stats
 
-from flaxgpt import processors
-from flaxgpt.processors import keep_min_p, keep_top_k, keep_top_p
-from flaxgpt.sampling import Chain, Seen, gumbel_noise, sample
-from flaxgpt.sampling_config import SamplingConfig
-from torch_ref.sampling import process_logits
+from flaxgpt.config import SamplingConfig
+from flaxgpt.generation import processors
+from flaxgpt.generation.processors import keep_min_p, keep_top_k, keep_top_p
+from flaxgpt.generation.sampling import Chain, Seen, gumbel_noise, sample
+from torch_ref.generation.sampling import process_logits
 
 # The toy vocabulary: closer every effort forward inches moves pizza toward you.
 TOY = np.array([4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79], np.float32)

@@ -15,7 +15,7 @@ from flaxgpt.model import GPT
 from flaxgpt.optim import make_optimizer
 from flaxgpt.sharding import make_mesh, shard_batch, state_shardings
 from flaxgpt.state import create_state
-from flaxgpt.train import make_train_step
+from flaxgpt.step import make_train_step
 
 fsdp, accum = map(int, sys.argv[1:])
 model = GPTConfig(vocab_size=97, context_length=16, emb_dim=32, n_heads=4, n_layers=2, drop_rate=0.1)

@@ -6,9 +6,9 @@ from conftest import SMALL, random_pair
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flaxgpt.decode import unstack
-from flaxgpt.stream import Reader, complete_text, stream
-from flaxgpt.tokenizer import CharTokenizer, GPT2Tokenizer
+from flaxgpt.data.tokenizer import CharTokenizer, GPT2Tokenizer
+from flaxgpt.generation.decode import unstack
+from flaxgpt.generation.text import Reader, complete_text, stream
 
 CHARS = CharTokenizer("".join(map(chr, [*range(32, 127), 0xDF, 0x20AC])))  # 97 of them, as many as SMALL has tokens
 

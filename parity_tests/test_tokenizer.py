@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxgpt.tokenizer import CharTokenizer, get_tokenizer, load_tokenizer
+from flaxgpt.data.tokenizer import CharTokenizer, get_tokenizer, load_tokenizer
 
 
 @settings(deadline=None, derandomize=True)  # the first call loads the vocabulary

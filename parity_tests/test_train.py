@@ -9,13 +9,14 @@ from conftest import SMALL, assert_close, random_ids, random_pair
 
 from flaxgpt.checkpoint import load_run
 from flaxgpt.config import TrainConfig
-from flaxgpt.data import train_batches
+from flaxgpt.data.loader import train_batches
 from flaxgpt.model import GPT
 from flaxgpt.optim import make_optimizer
-from flaxgpt.prepare import prepare
-from flaxgpt.run import COLUMNS, read_metrics
+from flaxgpt.run.folder import COLUMNS, read_metrics
+from flaxgpt.run.setup import prepare
 from flaxgpt.state import init_state
-from flaxgpt.train import make_train_step, train
+from flaxgpt.step import make_train_step
+from flaxgpt.train import train
 from torch_ref.train import train as train_torch
 
 TEXT = "the cat sat on the mat and the dog sat on the log; " * 40

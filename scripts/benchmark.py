@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 import tyro
 
-from flaxgpt.cli import one_line_errors, parse
 from flaxgpt.config import GPTConfig
 from flaxgpt.errors import InputError
+from flaxgpt.run.cli import one_line_errors, parse
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def flaxgpt_generate(cfg: GPTConfig) -> Callable[[Any, int], Any]:
     import jax
     import jax.numpy as jnp
 
-    from flaxgpt.decode import unstack
-    from flaxgpt.generate import generate
+    from flaxgpt.generation.decode import unstack
+    from flaxgpt.generation.generate import generate
     from flaxgpt.model import GPT
 
     params = unstack(jax.jit(GPT(cfg).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"], cfg)

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flaxgpt.cli import one_line_errors, parse
 from flaxgpt.config import TrainConfig
 from flaxgpt.errors import InputError
+from flaxgpt.run.cli import one_line_errors, parse
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def main() -> None:
     import tempfile
     import time
 
-    from flaxgpt import report
-    from flaxgpt.ladder import climb, make_problem
-    from flaxgpt.run import write_text
+    from flaxgpt.parity import report
+    from flaxgpt.parity.ladder import climb, make_problem
+    from flaxgpt.run.folder import write_text
 
     rungs = _rungs(args.rungs)
     _check(args)
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def _rungs(wanted: tuple[str, ...]) -> list[str]:
-    from flaxgpt.ladder import RUNGS
+    from flaxgpt.parity.ladder import RUNGS
 
     by_number = {str(i): name for i, name in enumerate(RUNGS, 1)}
     named = {by_number.get(rung, rung) for rung in wanted} or set(RUNGS)
@@ -134,13 +134,13 @@ def _sides(device: str | None) -> tuple[Any, Any, dict[str, str]]:
     try:
         import torch
 
-        from torch_ref import record as theirs
+        from torch_ref.parity import torch_side as theirs
     except ModuleNotFoundError as error:
         raise InputError(f'the reference needs {error.name}: pip install -e ".[parity]" (or "flaxgpt[parity]")') from None
     import flax
     import optax
 
-    from flaxgpt import record as ours
+    from flaxgpt.parity import flax_side as ours
 
     versions = {module.__name__: module.__version__ for module in (jax, flax, optax, torch)}
     return ours, theirs, {"device": f"{where.platform} ({where.device_kind})", **versions}
@@ -148,8 +148,8 @@ def _sides(device: str | None) -> tuple[Any, Any, dict[str, str]]:
 
 def _model(args: ReportArgs) -> tuple[TrainConfig, dict | None, Any, str]:
     """The config, the weights (None: random ones), the optimizer's moments if there are any, and what to call all that."""
-    from flaxgpt.carry import moments_from_torch, options_from_torch
-    from flaxgpt.convert import from_torch, infer_config, named_parameters
+    from flaxgpt.convert.optimizer import moments_from_torch, options_from_torch
+    from flaxgpt.convert.params import from_torch, infer_config, named_parameters
 
     if args.checkpoint:
         from flaxgpt.checkpoint import load_run

@@ -10,8 +10,8 @@ Examples:
 
 import sys
 
-from flaxgpt.cli import one_line_errors, parse_train
 from flaxgpt.errors import InputError
+from flaxgpt.run.cli import one_line_errors, parse_train
 
 LIMIT = 0.01
 
@@ -25,16 +25,16 @@ def main() -> None:
     if args.config.model.dtype == "bfloat16" or args.config.fsdp > 1 or args.config.grad_accum_steps > 1 or not args.config.drop_last:
         raise InputError("a replay is made in float32 or float64, on one device, in whole batches of one size, without accumulation")
 
-    from flaxgpt.prepare import prepare
+    from flaxgpt.run.setup import prepare
 
     if (args.out_dir / "metrics.jsonl").exists():
         raise InputError(f"{args.out_dir} holds a training run, which a replay does not replace: choose another --out-dir")
     run, corpus = prepare(args.config, args.out_dir, overwrite=args.overwrite)
 
-    from flaxgpt.replay import Comparison, replay
+    from flaxgpt.parity.replay import Comparison, replay
 
     try:
-        from torch_ref.replay import recorded_run
+        from torch_ref.parity.replay import recorded_run
     except ModuleNotFoundError as error:
         raise InputError(f'the reference needs {error.name}: pip install -e ".[parity]" (or "flaxgpt[parity]")') from None
 

@@ -24,9 +24,9 @@ from typing import Any
 
 import tyro
 
-from flaxgpt.cli import one_line_errors, parse
+from flaxgpt.config import SamplingConfig
 from flaxgpt.errors import InputError
-from flaxgpt.sampling_config import SamplingConfig
+from flaxgpt.run.cli import one_line_errors, parse
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def main() -> None:
     import jax
 
     from flaxgpt.checkpoint import load_run
-    from flaxgpt.decode import unstack
+    from flaxgpt.generation.decode import unstack
 
     params, cfg, tokenizer = load_run(args.checkpoint)
     model = (unstack(params, cfg.model), cfg.model, tokenizer)
@@ -152,7 +152,7 @@ def write_stream(model: tuple[Any, ...], prompt: str, max_new_tokens: int, *, se
     """Write one continuation as it comes. Ctrl-C ends it after what was written."""
     import jax
 
-    from flaxgpt.stream import stream
+    from flaxgpt.generation.text import stream
 
     started = time.perf_counter()
     pieces = stream(*model, prompt, max_new_tokens, key=jax.random.key(seed), **options)
@@ -170,7 +170,7 @@ def write_stream(model: tuple[Any, ...], prompt: str, max_new_tokens: int, *, se
 
 def write_all(model: tuple[Any, ...], prompts: list[str], args: SampleArgs, seed: int, options: dict[str, Any]) -> None:
     """Write all continuations, once all are done."""
-    from flaxgpt.stream import complete_text
+    from flaxgpt.generation.text import complete_text
 
     started = time.perf_counter()
     texts = complete_text(*model, prompts, args.max_new_tokens, top_log_probs=args.top_log_probs if args.json else None, **options)

@@ -8,7 +8,7 @@ Examples:
 
 import sys
 
-from flaxgpt.cli import one_line_errors, parse_train, sample_command
+from flaxgpt.run.cli import one_line_errors, parse_train, sample_command
 
 
 @one_line_errors
@@ -16,7 +16,7 @@ def main() -> None:
     """Parse the flags, load the data, train, tell how to go on."""
     args = parse_train(__doc__)
 
-    from flaxgpt.prepare import prepare
+    from flaxgpt.run.setup import prepare
     from flaxgpt.train import train
 
     run, corpus = prepare(args.config, args.out_dir, resume=args.resume, overwrite=args.overwrite, command=sample_command(args.out_dir))

@@ -7,8 +7,8 @@ Examples:
 
 import sys
 
-from flaxgpt.cli import one_line_errors, parse_train, sample_command
 from flaxgpt.errors import InputError
+from flaxgpt.run.cli import one_line_errors, parse_train, sample_command
 
 
 @one_line_errors
@@ -20,7 +20,7 @@ def main() -> None:
     if args.config.fsdp > 1 or args.config.model.dtype != "float32" or args.config.model.remat:
         raise InputError("the reference trains in float32 on one device: pass --dtype float32 --no-remat --fsdp 1")
 
-    from flaxgpt.prepare import prepare
+    from flaxgpt.run.setup import prepare
 
     try:
         from torch_ref.train import train

@@ -1,7 +1,8 @@
-"""Reading torch's files without running what is in them."""
+"""Saving weights, and reading torch's files without running what is in them."""
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flaxgpt.errors import InputError
+from torch_ref.model import GPTModel
+
+
+def save_model(model: GPTModel, path: Path) -> None:
+    """The weights as safetensors, written atomically; the causal masks, which the config determines, are left out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.endswith(".mask")}
+    scratch = path.with_name(f".{path.name}.writing")
+    save_file(tensors, scratch)
+    os.replace(scratch, path)
 
 
 def load_state_dicts(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:

@@ -9,11 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxgpt.config import GPTConfig
-from flaxgpt.decode import State, decode, prefill, unstack
+from flaxgpt.config import GPTConfig, SamplingConfig
 from flaxgpt.errors import InputError
-from flaxgpt.sampling import Chain, Function, row_keys
-from flaxgpt.sampling_config import SamplingConfig
+from flaxgpt.generation.decode import State, decode, prefill, unstack
+from flaxgpt.generation.sampling import Chain, Function, row_keys
 
 
 def generate(

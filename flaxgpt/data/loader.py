@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.corpus import count_windows
+from flaxgpt.data.corpora import count_windows
 
 Batch = tuple[np.ndarray, np.ndarray]
 """inputs_BT and targets_BT, uint16; the targets are the inputs one token later."""

@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 
 from flaxgpt.config import TrainConfig
+from flaxgpt.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, load_tokenizer
 from flaxgpt.errors import InputError
-from flaxgpt.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, load_tokenizer
 
 CACHE_VARIABLE = "FLAXGPT_CACHE"
 """Environment variable that moves the cache folder (default: ~/.cache/flaxgpt)."""

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 if TYPE_CHECKING:
-    from flaxgpt.parity import Row
+    from flaxgpt.parity.compare import Row
 
 
 def save_loss_plot(records: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -46,7 +46,7 @@ def save_replay_plot(rows: list[dict[str, float]], path: Path, title: str) -> No
     """Losses of a recorded run and of its replay on top of each other, and below them how far apart they are, on a log scale.
 
     Args:
-        rows: those of `flaxgpt.replay.COLUMNS`.
+        rows: those of `flaxgpt.parity.replay.COLUMNS`.
         path: where to write it, as a PNG.
         title: above the plot.
     """

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from flaxgpt.sampling_config import SamplingConfig
+from flaxgpt.config import SamplingConfig
+from torch_ref.generation.sampling import process_logits
 from torch_ref.model import GPTModel
-from torch_ref.sampling import process_logits
 
 
 def generate_text_simple(model: GPTModel, idx: torch.Tensor, max_new_tokens: int, context_size: int) -> torch.Tensor:

@@ -16,17 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flaxgpt import generate as generation
-from flaxgpt.config import GPTConfig, TrainConfig
-from flaxgpt.convert import from_torch, named_parameters, per_layer, stacked
+from flaxgpt.config import GPTConfig, SamplingConfig, TrainConfig
+from flaxgpt.convert.params import from_torch, named_parameters, per_layer, stacked
+from flaxgpt.generation import generate as generation
+from flaxgpt.generation.sampling import Chain, choose, gumbel_noise, row_keys
 from flaxgpt.loss import next_token_loss
 from flaxgpt.model import GPT
 from flaxgpt.optim import adam_state, clip_by_global_norm, make_optimizer
-from flaxgpt.parity import Tensors, tap_names
-from flaxgpt.sampling import Chain, choose, gumbel_noise, row_keys
-from flaxgpt.sampling_config import SamplingConfig
+from flaxgpt.parity.compare import Tensors, tap_names
 from flaxgpt.state import Params, TrainState
-from flaxgpt.train import make_train_step
+from flaxgpt.step import make_train_step
 
 Batch = tuple[np.ndarray, np.ndarray]
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxgpt.ladder import RUNGS
-from flaxgpt.parity import Result, Row, first_parting
-from flaxgpt.plots import save_parity_plot
+from flaxgpt.parity.compare import Result, Row, first_parting
+from flaxgpt.parity.ladder import RUNGS
+from flaxgpt.run.plots import save_parity_plot
 
 TITLES = ("rung", "tensors", "difference", "bound", "flaxgpt", "reference", "float64", "bound", "", "worst tensor")
 _WIDTHS = (27, 7, 10, 8, 8, 9, 8, 8, 6, 0)

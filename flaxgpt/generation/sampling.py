@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxgpt import processors
+from flaxgpt.config import SamplingConfig
 from flaxgpt.errors import InputError
-from flaxgpt.sampling_config import SamplingConfig
+from flaxgpt.generation import processors
 
 Function = Callable[[jax.Array], jax.Array]
 """A processor of the user's: logits_BV -> logits_BV, that can be traced."""

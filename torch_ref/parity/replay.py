@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import torch
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.corpus import Corpus
-from flaxgpt.parity import Evaluation, Tensors, Update
-from torch_ref.data import Batch, create_dataloaders
-from torch_ref.generate import generate_text_simple
+from flaxgpt.data.corpora import Corpus
+from flaxgpt.parity.compare import Evaluation, Tensors, Update
+from torch_ref.data.loader import Batch, create_dataloaders
+from torch_ref.generation.generate import generate_text_simple
 from torch_ref.model import GPTModel, init_gpt2_
-from torch_ref.record import recorded_masks
-from torch_ref.train import evaluate_model, make_optimizer, update
+from torch_ref.optim import make_optimizer
+from torch_ref.parity.torch_side import recorded_masks
+from torch_ref.step import evaluate_model, update
 
 
 def recorded_run(cfg: TrainConfig, corpus: Corpus, dtype: str = "float32") -> tuple[Tensors, Iterator[Update]]:

@@ -1,7 +1,7 @@
 """Comparing what two implementations computed: named arrays in, relative differences and verdicts out. Imports no framework.
 
-A side records what it computes as arrays by the reference's names (`flaxgpt.record`, `torch_ref.record`). Two records can be
-compared whatever they come from: two frameworks, two versions of one model, two devices.
+A side records what it computes as arrays by the reference's names (`flaxgpt.parity.flax_side`,
+`torch_ref.parity.torch_side`). Two records can be compared whatever they come from: two frameworks, two versions of one model, two devices.
 """
 
 from __future__ import annotations

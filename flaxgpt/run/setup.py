@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.corpus import Corpus, count_windows, load_corpus
+from flaxgpt.data.corpora import Corpus, count_windows, load_corpus
+from flaxgpt.data.tokenizer import load_tokenizer
 from flaxgpt.errors import InputError
-from flaxgpt.run import DATA, TOKENIZER, Run, load_config, read_text
-from flaxgpt.tokenizer import load_tokenizer
+from flaxgpt.run.folder import DATA, TOKENIZER, Run, load_config, read_text
 
 CHANGEABLE = (
     "max_steps",

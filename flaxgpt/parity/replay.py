@@ -12,15 +12,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from flaxgpt import record
 from flaxgpt.config import TrainConfig
-from flaxgpt.generate import generate
+from flaxgpt.data.tokenizer import Tokenizer
+from flaxgpt.generation.generate import generate
 from flaxgpt.model import GPT
-from flaxgpt.parity import Tensors, Update
-from flaxgpt.plots import save_replay_plot
-from flaxgpt.run import CONFIG, write_text
-from flaxgpt.tokenizer import Tokenizer
-from flaxgpt.train import make_eval_step
+from flaxgpt.parity import flax_side as record
+from flaxgpt.parity.compare import Tensors, Update
+from flaxgpt.run.folder import CONFIG, write_text
+from flaxgpt.run.plots import save_replay_plot
+from flaxgpt.step import make_eval_step
 
 COLUMNS = (
     *("step", "reference/batch_loss", "flaxgpt/batch_loss", "reference/grad_norm", "flaxgpt/grad_norm"),

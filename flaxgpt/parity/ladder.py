@@ -1,8 +1,9 @@
 """The ladder of comparisons, from the first activation to generated text. Knows no framework: both sides are handed in.
 
-A side is a module with the functions of `flaxgpt.record` (`ours`) or `torch_ref.record` (`theirs`); one that has been changed can
-stand in for it. Each rung runs both sides in the precision under test and in float64. The reference in float64 is
-the truth: so each side's own error is known, and flaxgpt in float64 shows what is left of a difference when rounding is gone.
+A side is a module with the functions of `flaxgpt.parity.flax_side` (`ours`) or `torch_ref.parity.torch_side` (`theirs`);
+one that has been changed can stand in for it. Each rung runs both sides in the precision under test and in float64.
+The reference in float64 is the truth: so each side's own error is known, and flaxgpt in float64 shows what is left of a
+difference when rounding is gone.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from flaxgpt.config import GPTConfig, TrainConfig
-from flaxgpt.convert import parameter_shapes
+from flaxgpt.convert.params import parameter_shapes
 from flaxgpt.errors import InputError
-from flaxgpt.parity import BOUNDS, Result, Row, Tensors, bfloat16_error, check_finite, compare
+from flaxgpt.parity.compare import BOUNDS, Result, Row, Tensors, bfloat16_error, check_finite, compare
 
 Batch = tuple[np.ndarray, np.ndarray]
 Side = Any
@@ -99,8 +100,8 @@ def climb(ours: Side, theirs: Side, problem: Problem, rungs: Sequence[str] = RUN
     """Climb these rungs, one result each.
 
     Args:
-        ours: flaxgpt.record, or a module with its functions.
-        theirs: torch_ref.record, or a module with its functions.
+        ours: flaxgpt.parity.flax_side, or a module with its functions.
+        theirs: torch_ref.parity.torch_side, or a module with its functions.
         problem: what both are given.
         rungs: some of RUNGS.
         dtype: the precision under test: "float32", "bfloat16" or "float64".

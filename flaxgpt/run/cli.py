@@ -79,7 +79,7 @@ def parse_train(description: str, args: list[str] | None = None, *, preset: str 
         first = peek.parse_known_args(args)[0]
     out_dir = first.out_dir or Path("runs") / f"{folder}{first.preset}"
     if first.resume:
-        from flaxgpt.run import load_config  # brings in matplotlib, which --help need not wait for
+        from flaxgpt.run.folder import load_config  # brings in matplotlib, which --help need not wait for
 
         config = load_config(out_dir)
     else:

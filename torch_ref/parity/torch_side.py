@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from flaxgpt.config import GPTConfig, TrainConfig
-from flaxgpt.parity import Tensors, tap_names
-from flaxgpt.sampling_config import SamplingConfig
-from torch_ref import generate as generation
+from flaxgpt.config import GPTConfig, SamplingConfig, TrainConfig
+from flaxgpt.parity.compare import Tensors, tap_names
+from torch_ref.generation import generate as generation
+from torch_ref.generation.sampling import process_logits
+from torch_ref.loss import calc_loss_batch
 from torch_ref.model import GPTModel
-from torch_ref.sampling import process_logits
-from torch_ref.train import apply_gradients_, calc_loss_batch, clip_gradients_, make_optimizer, update
+from torch_ref.optim import apply_gradients_, clip_gradients_, make_optimizer
+from torch_ref.step import update
 
 Batch = tuple[np.ndarray, np.ndarray]
 

@@ -15,10 +15,10 @@ import numpy as np
 import optax
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.convert import from_torch, named_parameters, parameter_shapes, shape_faults, to_torch
+from flaxgpt.convert.params import from_torch, named_parameters, parameter_shapes, shape_faults, to_torch
 from flaxgpt.errors import InputError
 from flaxgpt.optim import adam_state, make_optimizer
-from flaxgpt.parity import check_finite
+from flaxgpt.parity.compare import check_finite
 from flaxgpt.state import TrainState, init_state
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

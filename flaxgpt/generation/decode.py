@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from flaxgpt.cache import LayerCache, empty_cache
 from flaxgpt.config import GPTConfig
+from flaxgpt.generation.sampling import Chain, Seen, choose
 from flaxgpt.model import GPT, TransformerBlock
-from flaxgpt.sampling import Chain, Seen, choose
 
 Cache = tuple[LayerCache, ...]
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.corpus import count_windows
+from flaxgpt.data.corpora import count_windows
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """inputs_BT and targets_BT, int64; the targets are the inputs one token later."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from flaxgpt.config import GPTConfig
+from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.errors import InputError
-from flaxgpt.generate import Completion, Request
-from flaxgpt.tokenizer import Tokenizer
+from flaxgpt.generation.generate import Completion, Request
 
 _CHUNK = 32  # Tokens decoded between two looks at the text, where nobody reads along but a stop string is to be found.
 
@@ -50,7 +50,7 @@ def complete_text(
         prompts: texts of any lengths, none of them empty.
         max_new_tokens: tokens to add to each.
         stop: the text ends before the first of these strings.
-        **options: the other arguments of `flaxgpt.generate.complete`.
+        **options: the other arguments of `flaxgpt.generation.generate.complete`.
 
     Raises:
         InputError: as `complete`, and for an empty stop string.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flaxgpt.sampling_config import SamplingConfig
+from flaxgpt.config import SamplingConfig
 
 
 def process_logits(logits_BV: torch.Tensor, prompt_BT: torch.Tensor, new_BT: torch.Tensor, config: SamplingConfig) -> torch.Tensor:

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.corpus import Corpus
+from flaxgpt.data.corpora import Corpus
 from flaxgpt.errors import InputError
-from flaxgpt.plots import save_loss_plot
+from flaxgpt.run.plots import save_loss_plot
 
 CONFIG, TOKENIZER, DATA, SAMPLES = "config.json", "tokenizer.json", "data.json", "samples.txt"
 METRICS, METRICS_CSV, LOSS_PLOT = "metrics.jsonl", "metrics.csv", "loss.png"

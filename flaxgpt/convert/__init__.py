@@ -1,0 +1,1 @@
+"""Names and arrays between this project and other formats."""

@@ -1,0 +1,1 @@
+"""Prompts to their continuations: token ids, and text, whole or streamed."""

@@ -1,0 +1,1 @@
+"""Comparing what two implementations compute, and reporting it."""

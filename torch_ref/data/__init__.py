@@ -1,0 +1,1 @@
+"""Windows as a torch Dataset, and the loader that shuffles them."""

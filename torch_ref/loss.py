@@ -1,0 +1,14 @@
+"""The training loss, in nats per token."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from torch_ref.model import GPTModel
+
+
+def calc_loss_batch(model: GPTModel, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of the targets, in nats per token."""
+    logits_BTV = model(inputs_BT)
+    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())

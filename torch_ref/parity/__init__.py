@@ -1,0 +1,1 @@
+"""What the reference computes, recorded for comparison."""
