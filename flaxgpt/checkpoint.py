@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -17,9 +16,10 @@ from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.convert.params import from_torch, shape_faults
 from flaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from flaxgpt.errors import InputError
-from flaxgpt.model import GPT
+from flaxgpt.model import init_params
 from flaxgpt.run.folder import CHECKPOINTS, TOKENIZER, TORCH_WEIGHTS, load_config
-from flaxgpt.state import Params, TrainState
+from flaxgpt.state import TrainState
+from flaxgpt.types import Params
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every step through absl,
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and a read that fails both raises and logs a traceback here
@@ -79,7 +79,7 @@ class Checkpoints:
         Raises:
             InputError: as `restore`.
         """
-        shapes = jax.eval_shape(GPT(cfg).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return self._restore(params=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes))["params"]
 

@@ -1,4 +1,4 @@
-"""One update and one evaluation, as pure functions of the state and a batch."""
+"""One update and one evaluation, as pure functions to be jitted by the caller. In `torch_ref/step.py` they change a model in place."""
 
 from __future__ import annotations
 
@@ -9,62 +9,73 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flaxgpt.data import loader as data
+from flaxgpt.config import GPTConfig
 from flaxgpt.loss import next_token_loss
-from flaxgpt.model import GPT
-from flaxgpt.state import Params, TrainState
+from flaxgpt.model import forward
+from flaxgpt.state import TrainState
+from flaxgpt.types import Batch, Params
 
 Metrics = dict[str, jax.Array]
 
 
-def make_train_step(model: GPT, tx: optax.GradientTransformation, grad_accum_steps: int = 1) -> Callable[..., tuple[TrainState, Metrics]]:
-    """One update as a pure function (state, (inputs_BT, targets_BT)) -> (state, metrics), to be jitted by the caller.
+def make_train_step(
+    model: GPTConfig, tx: optax.GradientTransformation, grad_accum_steps: int = 1
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """One update: (state, (inputs_BT, targets_BT)) -> (state, metrics), `loss` in nats per token and `grad_norm` before clipping.
 
-    With gradient accumulation the batch is computed in equal microbatches, one after the other, so the mean of their
-    gradients is the gradient of the mean. Metrics: `loss`, nats per token, and `grad_norm`, before clipping.
-
-    An optional third argument holds dropout masks to be used in place of drawing any (see `flaxgpt.model.Dropout`), with
+    An optional third argument holds dropout masks to be taken in place of drawing any (see `flaxgpt.layers.Dropout`), with
     accumulation those of each microbatch along a leading axis. That is how a run of another implementation is replayed.
     """
 
-    def loss_fn(params: Params, batch: data.Batch, dropout_key: jax.Array, masks: Any) -> jax.Array:
+    def loss_fn(params: Params, batch: Batch, dropout_key: jax.Array, dropout_masks: Params | None) -> jax.Array:
         inputs_BT, targets_BT = batch
-        variables = {"params": params} if masks is None else {"params": params, "dropout_masks": masks}
-        rngs = {"dropout": dropout_key} if masks is None else {}  # so that a mask that was forgotten is an error, not a draw
-        logits_BTV = model.apply(variables, inputs_BT, deterministic=False, rngs=rngs)
-        return next_token_loss(logits_BTV, targets_BT)
+        # Not both: a mask that was forgotten is then an error, not a draw.
+        randomness = {"dropout_key": dropout_key} if dropout_masks is None else {"dropout_masks": dropout_masks}
+        return next_token_loss(forward(params, model, inputs_BT, **randomness), targets_BT)
 
-    def mean_gradient(params: Params, *part: Any) -> tuple[jax.Array, Params]:
-        if grad_accum_steps == 1:
-            return jax.value_and_grad(loss_fn)(params, *part)
+    value_and_grad = accumulated(jax.value_and_grad(loss_fn), grad_accum_steps)
 
-        def add(total: tuple[jax.Array, Params], part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(params, *part)), None
-
-        # Microbatch i takes every grad_accum_steps-th row from i, so rows stay on the device that holds them.
-        batch, dropout_key, masks = part
-        batches = jax.tree.map(lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), batch)
-        parts = (batches, jax.random.split(dropout_key, grad_accum_steps), masks)
-        first = jax.tree.map(lambda x: x[0], parts)
-        zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(jax.value_and_grad(loss_fn), params, *first))
-        total, _ = jax.lax.scan(add, zero, parts)
-        return jax.tree.map(lambda x: x / grad_accum_steps, total)
-
-    def train_step(state: TrainState, batch: data.Batch, dropout_masks: Any = None) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, dropout_masks: Params | None = None) -> tuple[TrainState, Metrics]:
         dropout_key = jax.random.fold_in(state.key, state.step)
-        loss, grads = mean_gradient(state.params, batch, dropout_key, dropout_masks)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state, state.key), {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        loss, grads = value_and_grad(state.params, batch, dropout_key, dropout_masks)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return train_step
 
 
-def make_eval_step(model: GPT) -> Callable[[Params, data.Batch], jax.Array]:
-    """(params, (inputs_BT, targets_BT)) -> mean loss without dropout, to be jitted by the caller."""
+def make_eval_step(model: GPTConfig) -> Callable[[Params, Batch], jax.Array]:
+    """(params, (inputs_BT, targets_BT)) -> mean loss without dropout: a number, and nothing else in the program has changed."""
 
-    def eval_step(params: Params, batch: data.Batch) -> jax.Array:
+    def eval_step(params: Params, batch: Batch) -> jax.Array:
         inputs_BT, targets_BT = batch
-        return next_token_loss(model.apply({"params": params}, inputs_BT), targets_BT)
+        return next_token_loss(forward(params, model, inputs_BT), targets_BT)
 
     return eval_step
+
+
+def accumulated(value_and_grad: Callable[..., Any], grad_accum_steps: int) -> Callable[..., Any]:
+    """The same function, (params, batch, dropout_key, dropout_masks) -> (loss, gradients), computed in equal microbatches.
+
+    They are computed one after the other, so that the activations of only one are held; the mean of their gradients is
+    the gradient of the mean.
+    """
+    if grad_accum_steps == 1:
+        return value_and_grad
+
+    def mean(params: Params, batch: Batch, dropout_key: jax.Array, dropout_masks: Params | None) -> tuple[jax.Array, Params]:
+        def add(total: tuple[jax.Array, Params], part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
+
+        # Microbatch i takes every grad_accum_steps-th row from i, so rows stay on the device that holds them.
+        batches = jax.tree.map(lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+        parts = (batches, jax.random.split(dropout_key, grad_accum_steps), dropout_masks)
+        first = jax.tree.map(lambda x: x[0], parts)
+        zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, params, *first))
+        total, _ = jax.lax.scan(add, zero, parts)
+        return jax.tree.map(lambda x: x / grad_accum_steps, total)
+
+    return mean

@@ -12,7 +12,6 @@ from flaxgpt.data import loader as data
 from flaxgpt.data.corpora import Corpus
 from flaxgpt.errors import InputError
 from flaxgpt.generation.generate import generate
-from flaxgpt.model import GPT
 from flaxgpt.optim import make_optimizer, make_schedule
 from flaxgpt.run.folder import CHECKPOINTS, Run
 from flaxgpt.state import TrainState, abstract_state, count_params, create_state
@@ -36,11 +35,11 @@ def train(run: Run, corpus: Corpus, *, resume: bool = False) -> TrainState:
     splits = data.eval_batches(corpus.train, cfg, "training"), data.eval_batches(corpus.val, cfg, "validation")
     prompt_BT = np.asarray([corpus.tokenizer.encode(cfg.prompt)], np.int32)
 
-    mesh, tx, model = sharding.make_mesh(cfg.fsdp), make_optimizer(cfg), GPT(cfg.model)
+    mesh, tx = sharding.make_mesh(cfg.fsdp), make_optimizer(cfg)
     template = abstract_state(cfg, tx)
     shardings = sharding.state_shardings(template, mesh)
-    train_step = jax.jit(make_train_step(model, tx, cfg.grad_accum_steps), donate_argnums=0, out_shardings=(shardings, None))
-    eval_step = jax.jit(make_eval_step(model))
+    train_step = jax.jit(make_train_step(cfg.model, tx, cfg.grad_accum_steps), donate_argnums=0, out_shardings=(shardings, None))
+    eval_step = jax.jit(make_eval_step(cfg.model))
     learning_rates = np.asarray(make_schedule(cfg)(np.arange(cfg.max_steps)))
 
     with Checkpoints(run.folder / CHECKPOINTS, keep=cfg.keep_checkpoints) as checkpoints:

@@ -1,5 +1,7 @@
 """The same weights give the same numbers on both sides, for any shape; what dropout and the initialisers are. See also test_ladder.py."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,16 +11,21 @@ from conftest import SMALL, assert_close, random_ids, random_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxgpt import model as flax_model
-from flaxgpt.config import GPTConfig
+from flaxgpt.config import GPTConfig, TrainConfig
+from flaxgpt.convert.names import module_path
 from flaxgpt.convert.params import from_torch
 from flaxgpt.generation.generate import generate
+from flaxgpt.layers import Dropout, tapped
 from flaxgpt.loss import next_token_loss
-from flaxgpt.model import GPT
+from flaxgpt.model import GPT, forward, init_params
+from flaxgpt.optim import make_optimizer
 from flaxgpt.parity.compare import relative
-from torch_ref import model as torch_model
+from flaxgpt.parity.sites import sites
+from flaxgpt.state import abstract_state
+from flaxgpt.step import make_train_step
 from torch_ref.generation.generate import generate_text_simple
 from torch_ref.loss import calc_loss_batch
+from torch_ref.model import init_model
 
 LOGITS_BOUND, LOSS_BOUND = 2e-6, 3e-6
 
@@ -47,7 +54,7 @@ def test_logits_loss_and_greedy_text_are_equal_for_any_config(cfg, data):
     with torch.no_grad():
         expected = reference(torch.from_numpy(tokens))
         expected_loss = calc_loss_batch(reference, torch.from_numpy(tokens), torch.from_numpy(targets))
-    logits = GPT(cfg).apply({"params": params}, tokens)
+    logits = forward(params, cfg, tokens)
     assert logits.dtype == jnp.float32
     assert_close("logits, random configs", logits, expected, LOGITS_BOUND, where=str(logits.shape))
     # A loss is a difference of logits, so it is as exact as they are large.
@@ -66,12 +73,12 @@ def test_dropout_is_a_function_of_its_key_and_keeps_the_mean():
     tokens = random_ids(cfg, (2, 16))
 
     def logits(seed):
-        return GPT(cfg).apply({"params": params}, tokens, deterministic=False, rngs={"dropout": jax.random.key(seed)})
+        return forward(params, cfg, tokens, dropout_key=jax.random.key(seed))
 
     np.testing.assert_array_equal(logits(0), logits(0))
     assert relative(logits(0), logits(1)) > 0.1
     x = jnp.ones((400, 500))
-    dropped = flax_model.Dropout(0.3).apply({}, x, False, rngs={"dropout": jax.random.key(0)})
+    dropped = Dropout(0.3).apply({}, x, False, rngs={"dropout": jax.random.key(0)})
     assert set(np.unique(dropped).tolist()) == {0.0, float(np.float32(1) / np.float32(0.7))}
     assert abs(float(dropped.mean()) - 1) < 4 * (0.3 / 0.7 / x.size) ** 0.5
 
@@ -98,11 +105,9 @@ def test_dropout_differs_between_the_layers_and_between_the_shortcuts():
 def test_initialisers_have_the_spread_of_the_reference(init, tied):
     """Standard deviations, and bounds where the distribution is uniform, of every tensor of both sides."""
     cfg = GPTConfig(vocab_size=997, context_length=128, emb_dim=128, n_heads=4, n_layers=4, qkv_bias=True, tie_embeddings=tied, init=init)
-    params = GPT(cfg).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = init_params(cfg, jax.random.key(0))
     torch.manual_seed(0)
-    reference = torch_model.GPTModel(cfg)
-    if init == "gpt2":
-        torch_model.init_gpt2_(reference)
+    reference = init_model(cfg)
     expected = from_torch({k: v.detach() for k, v in reference.state_dict().items()}, cfg)
     for (path, ours), theirs in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(expected), strict=True):
         name = jax.tree_util.keystr(path)
@@ -118,7 +123,7 @@ def test_too_long_an_input_is_refused_on_both_sides():
     reference, params = random_pair(SMALL)
     tokens = random_ids(SMALL, (1, 17))
     with pytest.raises(ValueError, match="17 tokens do not fit"):
-        GPT(SMALL).apply({"params": params}, tokens)
+        forward(params, SMALL, tokens)
     with pytest.raises(ValueError, match="17 tokens do not fit"):
         reference(torch.from_numpy(tokens))
 
@@ -126,8 +131,8 @@ def test_too_long_an_input_is_refused_on_both_sides():
 def test_bfloat16_gives_float32_logits_near_those_of_float32():
     _, params = random_pair(SMALL)
     tokens = random_ids(SMALL, (2, 16))
-    exact = GPT(SMALL).apply({"params": params}, tokens)
-    rough = GPT(SMALL.replace(dtype="bfloat16")).apply({"params": params}, tokens)
+    exact = forward(params, SMALL, tokens)
+    rough = forward(params, SMALL.replace(dtype="bfloat16"), tokens)
     assert rough.dtype == jnp.float32
     assert 1e-4 < relative(rough, exact) < 2e-2  # one rounding is 4e-3
 
@@ -137,8 +142,43 @@ def test_compile_size_does_not_grow_with_depth():
 
     def lines(n_layers):
         cfg = SMALL.replace(n_layers=n_layers)
-        params = jax.eval_shape(GPT(cfg).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-        lowered = jax.jit(lambda p, t: GPT(cfg).apply({"params": p}, t)).lower(params, jax.ShapeDtypeStruct((2, 16), jnp.int32))
+        params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+        lowered = jax.jit(lambda p, t: forward(p, cfg, t)).lower(params, jax.ShapeDtypeStruct((2, 16), jnp.int32))
         return len(lowered.as_text().splitlines())
 
     assert lines(12) == lines(2)
+
+
+def train_step_program(cfg: GPTConfig) -> jax.stages.Lowered:
+    run = TrainConfig(model=cfg, batch_size=2)
+    tx = make_optimizer(run)
+    batch = (jax.ShapeDtypeStruct((2, 16), jnp.int32),) * 2
+    return jax.jit(make_train_step(cfg, tx)).lower(abstract_state(run, tx), batch)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_compiled_update_names_the_parts_of_the_model(tied):
+    """As a profile shows them."""
+    program = train_step_program(SMALL.replace(tie_embeddings=tied)).compile().as_text()
+    scopes = {scope for name in re.findall(r'op_name="([^"]*)"', program) for scope in re.split(r"[/()]", name)}
+    expected = {"trf_blocks", "norm1", "att", "W_query", "norm2", "ff", "final_norm", "out_head", "loss", "optimizer"}
+    assert expected <= scopes, f"{expected - scopes} are in no instruction's name"
+
+
+def test_taps_change_no_program_but_the_one_that_is_traced_within():
+    cfg, tokens = SMALL, random_ids(SMALL, (2, 16))
+    params = random_pair(cfg)[1]
+    before = train_step_program(cfg).as_text()
+    points = {module_path(site.point) for site in sites(1)}
+
+    def recorded(params):
+        with tapped(points):
+            return GPT(cfg).apply({"params": params}, tokens, mutable=["taps"])
+
+    logits, state = jax.jit(recorded)(params)
+    np.testing.assert_array_equal(logits, jax.jit(lambda params: forward(params, cfg, tokens))(params))
+    taps = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(state["taps"])}
+    assert taps == points, "some site is recorded by no module"
+    with pytest.raises(ZeroDivisionError), tapped(points):
+        raise ZeroDivisionError
+    assert train_step_program(cfg).as_text() == before

@@ -11,7 +11,6 @@ PROGRAM = """
 import json, sys
 import jax, numpy as np
 from flaxgpt.config import GPTConfig, TrainConfig
-from flaxgpt.model import GPT
 from flaxgpt.optim import make_optimizer
 from flaxgpt.sharding import make_mesh, shard_batch, state_shardings
 from flaxgpt.state import create_state
@@ -27,7 +26,7 @@ moment = state.opt_state[1][0].mu["trf_blocks"]["ff"]["layers_0"]["kernel"]
 shard = lambda x: list(x.addressable_shards[0].data.shape)
 shapes = dict(kernel=shard(kernel), moment=shard(moment))
 shardings = state_shardings(state, mesh)
-step = jax.jit(make_train_step(GPT(model), tx, accum), donate_argnums=0, out_shardings=(shardings, None))
+step = jax.jit(make_train_step(model, tx, accum), donate_argnums=0, out_shardings=(shardings, None))
 rng, losses = np.random.default_rng(0), []
 for _ in range(4):
     tokens = rng.integers(0, 97, (16, 17))

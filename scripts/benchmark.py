@@ -75,13 +75,12 @@ def generate(args: BenchmarkArgs, cfg: GPTConfig) -> None:
 def flaxgpt_generate(cfg: GPTConfig) -> Callable[[Any, int], Any]:
     """(prompt_BT, new tokens) -> ids."""
     import jax
-    import jax.numpy as jnp
 
     from flaxgpt.generation.decode import unstack
     from flaxgpt.generation.generate import generate
-    from flaxgpt.model import GPT
+    from flaxgpt.model import init_params
 
-    params = unstack(jax.jit(GPT(cfg).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"], cfg)
+    params = unstack(jax.jit(init_params, static_argnums=0)(cfg, jax.random.key(0)), cfg)
     return lambda prompt_BT, new_tokens: generate(params, cfg, prompt_BT, new_tokens)
 
 

@@ -1,12 +1,16 @@
 """GPT-2 as a module that owns its weights. `flaxgpt/model.py` is its functional twin: same names, same numbers.
 
-Architecture: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". The modules are created in
-the order that reproduces published outputs after `torch.manual_seed(123)`, so their order here is part of the interface.
+    model = init_model(cfg)                           logits_BTV = model(tokens_BT)
+
+B batch, T query position, S key position, D emb_dim, N heads, H head size, F feed-forward width, V vocabulary.
+
+Architecture: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-norm blocks, learned
+positions, tanh GELU. The modules are created in the order that reproduces published outputs after
+`torch.manual_seed(123)`, so their order here is part of the interface.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,14 +18,23 @@ import torch
 from torch import nn
 
 from flaxgpt.config import GPTConfig
+from torch_ref.layers import GELU, LayerNorm, init_gpt2_
+
+
+def init_model(cfg: GPTConfig) -> GPTModel:
+    """A model with random weights, as `cfg.init` says, drawn from torch's global generator."""
+    model = GPTModel(cfg)
+    if cfg.init == "gpt2":
+        init_gpt2_(model, cfg.n_layers)
+    return model
 
 
 class GPTModel(nn.Module):
     """Token ids to next-token logits.
 
     `GPTModel(cfg)(tokens_BT)` gives float32 logits_BTV. Weights are drawn from torch's global generator with the
-    defaults of its layers (`init_gpt2_` draws them again as GPT-2 did); dropout is on in `train()` mode and draws from
-    the same generator.
+    defaults of its layers, as the published outputs need (`init_model` obeys the config); dropout is on in `train()` mode
+    and draws from the same generator.
 
     With `use_cache` the modules keep keys and values: tokens_BT then are those that follow the ones given before, until
     `reset_kv_cache()`. What `model(tokens_BT, use_cache=True)` returns depends on what it was called with before.
@@ -74,10 +87,13 @@ class TransformerBlock(nn.Module):
         self.att, self.ff = MultiHeadAttention(cfg), FeedForward(cfg)
         self.norm1, self.norm2 = LayerNorm(cfg.emb_dim), LayerNorm(cfg.emb_dim)
         self.drop_shortcut1, self.drop_shortcut2 = nn.Dropout(cfg.drop_rate), nn.Dropout(cfg.drop_rate)
+        self.shortcut1 = nn.Identity()  # a place for hooks on what is otherwise no module's output
 
     def forward(self, x_BTD: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
-        x_BTD = x_BTD + self.drop_shortcut1(self.att(self.norm1(x_BTD), use_cache))
-        return x_BTD + self.drop_shortcut2(self.ff(self.norm2(x_BTD)))
+        out_BTD = self.att(self.norm1(x_BTD), use_cache)
+        x_BTD = self.shortcut1(x_BTD + self.drop_shortcut1(out_BTD))
+        out_BTD = self.ff(self.norm2(x_BTD))
+        return x_BTD + self.drop_shortcut2(out_BTD)
 
 
 class MultiHeadAttention(nn.Module):
@@ -108,9 +124,9 @@ class MultiHeadAttention(nn.Module):
                 k_BNSH, v_BNSH = torch.cat([self.cache_k, k_BNSH], dim=2), torch.cat([self.cache_v, v_BNSH], dim=2)
             self.cache_k, self.cache_v = k_BNSH, v_BNSH
         S = k_BNSH.shape[2]
-        scores_BNTS = q_BNTH @ k_BNSH.transpose(2, 3)
+        scores_BNTS = q_BNTH @ k_BNSH.transpose(2, 3) / H**0.5
         scores_BNTS = scores_BNTS.masked_fill(self.mask.bool()[S - T : S, :S], -torch.inf)
-        weights_BNTS = torch.softmax(scores_BNTS / H**0.5, dim=-1)
+        weights_BNTS = torch.softmax(scores_BNTS, dim=-1)
         weights_BNTS = self.dropout(weights_BNTS)
         context_BTNH = (weights_BNTS @ v_BNSH).transpose(1, 2)
         return self.out_proj(context_BTNH.reshape(B, T, D))
@@ -125,37 +141,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.layers(x_BTD)
-
-
-class LayerNorm(nn.Module):
-    """Zero mean and unit (biased) variance over the last axis, eps 1e-5."""
-
-    def __init__(self, emb_dim: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(emb_dim))
-        self.shift = nn.Parameter(torch.zeros(emb_dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mean = x.mean(dim=-1, keepdim=True)
-        variance = x.var(dim=-1, keepdim=True, unbiased=False)
-        return self.scale * ((x - mean) / torch.sqrt(variance + 1e-5)) + self.shift
-
-
-class GELU(nn.Module):
-    """The tanh approximation (Hendrycks & Gimpel 2016), as GPT-2 was trained."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def init_gpt2_(model: GPTModel) -> None:
-    """Draw the weights again as GPT-2 did: normal(0.02), residual projections normal(0.02 / sqrt(2 L)), biases zero."""
-    residual_std = 0.02 * (2 * model.cfg.n_layers) ** -0.5
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif name.endswith("weight"):
-            nn.init.normal_(parameter, std=residual_std if name.endswith(("out_proj.weight", "layers.2.weight")) else 0.02)
 
 
 def _mask_is_optional(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -11,7 +11,7 @@ from flaxgpt.run.folder import CHECKPOINTS, TORCH_WEIGHTS, Run
 from torch_ref.checkpoint import save_model
 from torch_ref.data.loader import create_dataloaders
 from torch_ref.generation.generate import generate_text_simple
-from torch_ref.model import GPTModel, init_gpt2_
+from torch_ref.model import GPTModel, init_model
 from torch_ref.optim import learning_rate, make_optimizer
 from torch_ref.step import evaluate_model, update
 
@@ -29,9 +29,7 @@ def train(run: Run, corpus: Corpus) -> GPTModel:
     cfg = run.cfg
     train_loader, val_loader = create_dataloaders(corpus.train, corpus.val, cfg)
     torch.manual_seed(cfg.seed)
-    model = GPTModel(cfg.model)
-    if cfg.model.init == "gpt2":
-        init_gpt2_(model)
+    model = init_model(cfg.model)
     optimizer = make_optimizer(model, cfg)
     prompt_BT = torch.tensor([corpus.tokenizer.encode(cfg.prompt)])
 

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flaxgpt.cache import LayerCache, empty_cache
+from flaxgpt.cache import Cache
 from flaxgpt.config import GPTConfig
 from flaxgpt.generation.sampling import Chain, Seen, choose
 from flaxgpt.model import GPT, TransformerBlock
-
-Cache = tuple[LayerCache, ...]
+from flaxgpt.types import Params
 
 
 class Scores(NamedTuple):
@@ -54,20 +53,20 @@ def unstack(params: Any, cfg: GPTConfig) -> Any:
     return params | {"trf_blocks": tuple(map(block, range(cfg.n_layers)))}
 
 
-def forward(params: Any, cfg: GPTConfig, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+def next_logits(params: Params, cfg: GPTConfig, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """The tokens that follow those in the cache -> logits_BV of the one after them, and the cache with them in it.
 
     A pure function of `unstack`ed parameters. The layers are not scanned but written out, which takes longer to compile
     and half as long to run.
     """
     model, outside = GPT(cfg), {name: leaf for name, leaf in params.items() if name != "trf_blocks"}
-    positions_BT = cache[0].next_positions_BT(tokens_BT.shape[1])
-    x_BTD = model.apply({"params": outside}, tokens_BT, positions_BT, method="embed")
-    longer = []
-    for block, layer in zip(params["trf_blocks"], cache, strict=True):
-        x_BTD, layer = TransformerBlock(cfg).apply({"params": block}, x_BTD, True, layer)
-        longer.append(layer)
-    return model.apply({"params": outside}, x_BTD, method="last_logits"), tuple(longer)
+    T = tokens_BT.shape[1]
+    x_BTD = model.apply({"params": outside}, tokens_BT, cache.positions_BT(T), method="embed")
+    layers = []
+    for block, layer in zip(params["trf_blocks"], cache.layers(T), strict=True):
+        x_BTD, layer = TransformerBlock(cfg).apply({"params": block}, x_BTD, layer)
+        layers.append(layer)
+    return model.apply({"params": outside}, x_BTD, method="last_logits"), cache.extended(layers)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "slots", "room", "num_samples", "alternatives"))
@@ -103,7 +102,7 @@ def prefill(
         alternatives: log-probabilities to keep for each token besides its own; None: not even that.
     """
     B = prompt_BT.shape[0] * num_samples
-    logits_BV, cache = forward(params, cfg, prompt_BT, empty_cache(cfg, first_B, slots))
+    logits_BV, cache = next_logits(params, cfg, prompt_BT, Cache.empty(cfg, first_B, slots))
     if num_samples > 1:
         rows = logits_BV, cache, prompt_BT, prompt_seen_BV
         logits_BV, cache, prompt_BT, prompt_seen_BV = _repeat_rows(rows, len(first_B), num_samples)
@@ -139,7 +138,7 @@ def decode(
     the window, and the cache is left as it is. Arguments are those of `prefill`.
     """
     C, width = cfg.context_length, state.tokens_BT.shape[1]
-    start, first_B = width - room, state.cache[0].first_B
+    start, first_B = width - room, state.cache.first_B
     longest = start - first_B.min()
 
     def unfinished(until: jax.Array, state: State) -> jax.Array:
@@ -147,14 +146,14 @@ def decode(
 
     def cached(state: State) -> State:
         newest_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BT, start + state.t - 1, 1, axis=1)
-        logits_BV, cache = forward(params, cfg, newest_B1, state.cache)
+        logits_BV, cache = next_logits(params, cfg, newest_B1, state.cache)
         return _add_token(state._replace(cache=cache), logits_BV, room, chain, keys_B, eos_id)
 
     def windowed(state: State) -> State:
         left = start + state.t - C
         window_BT = jax.lax.dynamic_slice_in_dim(state.tokens_BT, left, C, axis=1)
-        scratch = empty_cache(cfg, jnp.maximum(first_B - left, 0), C)
-        logits_BV, _ = forward(params, cfg, window_BT, scratch)
+        scratch = Cache.empty(cfg, jnp.maximum(first_B - left, 0), C)
+        logits_BV, _ = next_logits(params, cfg, window_BT, scratch)
         return _add_token(state, logits_BV, room, chain, keys_B, eos_id)
 
     # Token number t is chosen by its row's prompt and t new tokens.

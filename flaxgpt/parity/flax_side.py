@@ -17,15 +17,19 @@ import numpy as np
 import optax
 
 from flaxgpt.config import GPTConfig, SamplingConfig, TrainConfig
+from flaxgpt.convert.names import module_path
 from flaxgpt.convert.params import from_torch, named_parameters, per_layer, stacked
 from flaxgpt.generation import generate as generation
 from flaxgpt.generation.sampling import Chain, choose, gumbel_noise, row_keys
+from flaxgpt.layers import tapped
 from flaxgpt.loss import next_token_loss
 from flaxgpt.model import GPT
-from flaxgpt.optim import adam_state, clip_by_global_norm, make_optimizer
-from flaxgpt.parity.compare import Tensors, tap_names
-from flaxgpt.state import Params, TrainState
+from flaxgpt.optim import adam_state, clip_by_global_norm, make_optimizer, with_adam_state
+from flaxgpt.parity.compare import Tensors
+from flaxgpt.parity.sites import sites
+from flaxgpt.state import TrainState
 from flaxgpt.step import make_train_step
+from flaxgpt.types import Params
 
 Batch = tuple[np.ndarray, np.ndarray]
 
@@ -45,12 +49,12 @@ def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[s
     """
     with precision(dtype):
         loss, taps, grads, tap_grads = jax.device_get(_passes(_params(weights, cfg, dtype), batch, cfg.replace(dtype=dtype)))
-    names = tap_names(cfg.n_layers)
     forward, backward = per_layer(taps, cfg), per_layer(tap_grads, cfg)
+    points = {site.name: site.point for site in sites(cfg.n_layers)}
     return {
-        "activations": {name: forward[name] for name in names},
+        "activations": {name: forward[point] for name, point in points.items()},
         "loss": {"loss": loss},
-        "backward": {name: backward[name] for name in reversed(names)},
+        "backward": {name: backward[point] for name, point in reversed(points.items())},
         "gradients": named_parameters(grads, cfg, grads["tok_emb"]["embedding"].dtype),
     }
 
@@ -168,11 +172,14 @@ def precision(dtype: str) -> Iterator[None]:
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _passes(params: Params, batch: Batch, cfg: GPTConfig) -> tuple[Any, ...]:
-    model, (inputs_BT, targets_BT) = GPT(cfg), batch
+    inputs_BT, targets_BT = batch
+    # Of one block: the scan runs it L times.
+    points = {module_path(site.point) for site in sites(1)}
 
     def run(params: Params, perturbations: Any) -> tuple[jax.Array, Any]:
         variables = {"params": params, "perturbations": perturbations}
-        logits_BTV, state = model.apply(variables, inputs_BT, mutable=["taps"])
+        with tapped(points):
+            logits_BTV, state = GPT(cfg).apply(variables, inputs_BT, mutable=["taps"])
         return next_token_loss(logits_BTV, targets_BT), state["taps"]
 
     shapes = jax.eval_shape(lambda: run(params, {}))[1]
@@ -189,7 +196,7 @@ def _clip(grads: Params, limit: float) -> tuple[Params, jax.Array]:
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnums=(0, 2, 3))
 def _adamw(params: Params, grads: Params, mu: Params, nu: Params, step: int, cfg: TrainConfig) -> tuple[Params, optax.OptState]:
     tx = make_optimizer(cfg)
-    opt_state = optax.tree.set(tx.init(params), mu=mu, nu=nu, count=jnp.int32(step))
+    opt_state = with_adam_state(tx.init(params), mu, nu, step)
     updates, opt_state = tx.update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state
 
@@ -201,7 +208,7 @@ def _start(params: Params, key: jax.Array, cfg: TrainConfig) -> TrainState:
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype"), donate_argnums=0)
 def _train_step(state: TrainState, batch: Batch, masks: Any, cfg: TrainConfig, dtype: str) -> tuple[TrainState, Any]:
-    step = make_train_step(GPT(cfg.model.replace(dtype=dtype)), make_optimizer(cfg), cfg.grad_accum_steps)
+    step = make_train_step(cfg.model.replace(dtype=dtype), make_optimizer(cfg), cfg.grad_accum_steps)
     return step(state, batch, masks)
 
 

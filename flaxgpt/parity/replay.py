@@ -15,7 +15,6 @@ import numpy as np
 from flaxgpt.config import TrainConfig
 from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.generation.generate import generate
-from flaxgpt.model import GPT
 from flaxgpt.parity import flax_side as record
 from flaxgpt.parity.compare import Tensors, Update
 from flaxgpt.run.folder import CONFIG, write_text
@@ -53,7 +52,7 @@ def replay(cfg: TrainConfig, weights: Tensors, updates: Iterable[Update], dtype:
     """
     with record.precision(dtype):
         state = record.initial_state(cfg, weights, dtype)
-        eval_step = jax.jit(make_eval_step(GPT(cfg.model.replace(dtype=dtype))))
+        eval_step = jax.jit(make_eval_step(cfg.model.replace(dtype=dtype)))
     for update in updates:
         with record.precision(dtype):
             state, metrics = record.train_step(state, update.batch, update.masks, cfg, dtype)

@@ -12,7 +12,7 @@ from flaxgpt.data.corpora import Corpus
 from flaxgpt.parity.compare import Evaluation, Tensors, Update
 from torch_ref.data.loader import Batch, create_dataloaders
 from torch_ref.generation.generate import generate_text_simple
-from torch_ref.model import GPTModel, init_gpt2_
+from torch_ref.model import init_model
 from torch_ref.optim import make_optimizer
 from torch_ref.parity.torch_side import recorded_masks
 from torch_ref.step import evaluate_model, update
@@ -32,9 +32,7 @@ def recorded_run(cfg: TrainConfig, corpus: Corpus, dtype: str = "float32") -> tu
     """
     train_loader, val_loader = create_dataloaders(corpus.train, corpus.val, cfg)
     torch.manual_seed(cfg.seed)
-    model = GPTModel(cfg.model)
-    if cfg.model.init == "gpt2":
-        init_gpt2_(model)
+    model = init_model(cfg.model)
     weights = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
     model.to(torch.float64 if dtype == "float64" else torch.float32)
     prompt_BT = torch.tensor([corpus.tokenizer.encode(cfg.prompt)])

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from flaxgpt.config import GPTConfig, SamplingConfig, TrainConfig
-from flaxgpt.parity.compare import Tensors, tap_names
+from flaxgpt.parity.compare import Tensors
+from flaxgpt.parity.sites import sites
 from torch_ref.generation import generate as generation
 from torch_ref.generation.sampling import process_logits
 from torch_ref.loss import calc_loss_batch
@@ -44,7 +46,7 @@ def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[s
     for x in taps.values():
         x.retain_grad()
     loss.backward()
-    names = tap_names(cfg.n_layers)
+    names = [site.name for site in sites(cfg.n_layers)]
     return {
         "activations": {name: _numpy(taps[name]) for name in names},
         "loss": {"loss": _numpy(loss)},
@@ -147,26 +149,15 @@ def build(cfg: GPTConfig, weights: Mapping[str, Any], dtype: str) -> GPTModel:
 
 @contextlib.contextmanager
 def tapped(model: GPTModel) -> Iterator[dict[str, torch.Tensor]]:
-    """Collects the activations of the forward pass made within, in place of what `GPT` sows into "taps"."""
+    """Collects the activations at all sites in the forward pass made within, by hooks; `flaxgpt.layers.tapped` is its twin."""
     taps: dict[str, torch.Tensor] = {}
 
-    def output(name: str) -> Callable[..., None]:
-        return lambda module, args, result: taps.__setitem__(name, result)
+    def put_on(name: str, module: nn.Module, end: str) -> RemovableHandle:
+        if end == "input":
+            return module.register_forward_pre_hook(lambda _, args: taps.__setitem__(name, args[0]))
+        return module.register_forward_hook(lambda _, args, result: taps.__setitem__(name, result))
 
-    def argument(name: str) -> Callable[..., None]:
-        return lambda module, args: taps.__setitem__(name, args[0])
-
-    hooks = [model.drop_emb.register_forward_hook(output("embedding"))]
-    for i, block in enumerate(model.trf_blocks):
-        at = f"trf_blocks.{i}"
-        outputs = {"norm1.out": block.norm1, "att.query": block.att.W_query, "att.key": block.att.W_key, "att.value": block.att.W_value}
-        outputs |= {"att.out": block.att, "norm2.out": block.norm2, "ff.out": block.ff, "shortcut2": block}
-        arguments = {"att.weights": block.att.dropout, "att.context": block.att.out_proj, "shortcut1": block.norm2}
-        arguments |= {"ff.hidden": block.ff.layers[2]}
-        hooks += [module.register_forward_hook(output(f"{at}.{name}")) for name, module in outputs.items()]
-        hooks += [module.register_forward_pre_hook(argument(f"{at}.{name}")) for name, module in arguments.items()]
-    hooks += [model.final_norm.register_forward_hook(output("final_norm.out")), model.register_forward_hook(output("logits"))]
-    with _removed_after(hooks):
+    with _removed_after([put_on(name, model.get_submodule(path), end) for name, path, end in sites(model.cfg.n_layers)]):
         yield taps
 
 

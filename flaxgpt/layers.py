@@ -1,0 +1,185 @@
+"""What GPT-2 is built from: linear layers, norm, dropout, how parameters are drawn, and a way to look at any module from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+
+from flaxgpt.config import GPTConfig
+
+
+def dense(cfg: GPTConfig, path: str, features: int, *, use_bias: bool = True) -> nn.Dense:
+    """A linear layer, initialised as the parameters at this path are."""
+    kernel_init, bias_init = initialiser(cfg, f"{path}/kernel"), initialiser(cfg, f"{path}/bias")
+    return nn.Dense(features, use_bias=use_bias, dtype=cfg.dtype, kernel_init=kernel_init, bias_init=bias_init)
+
+
+def embedding(cfg: GPTConfig, path: str, rows: int) -> nn.Embed:
+    """A table of `rows` vectors, initialised as the parameter at this path is."""
+    return nn.Embed(rows, cfg.emb_dim, dtype=cfg.dtype, embedding_init=initialiser(cfg, f"{path}/embedding"))
+
+
+class OutHead(nn.Module):
+    """The untied head: a projection to the vocabulary without bias, to float32 at least."""
+
+    cfg: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        shape = (self.cfg.emb_dim, self.cfg.vocab_size)
+        return project(x_BTD, self.param("kernel", initialiser(self.cfg, "out_head/kernel"), shape))
+
+
+def project(x_BTD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
+    """Logits (B, T, V): a product in the dtype of x, added up in float32 at least."""
+    return jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=wide(x_BTD.dtype))
+
+
+class LayerNorm(nn.Module):
+    """Zero mean and unit (biased) variance over the last axis, eps 1e-5, computed in float32 at least."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        shift = self.param("shift", nn.initializers.zeros, (x.shape[-1],))
+        x_wide = x.astype(wide(x.dtype))
+        mean = x_wide.mean(-1, keepdims=True)
+        variance = x_wide.var(-1, keepdims=True)
+        return (scale * (x_wide - mean) * jax.lax.rsqrt(variance + 1e-5) + shift).astype(x.dtype)
+
+
+class Dropout(nn.Module):
+    """Zeroes a part of the elements and scales the rest by 1 / (1 - rate).
+
+    What to keep is drawn from the "dropout" stream, unless the caller hands it in: a boolean array `keep` of the
+    shape of x, in the collection "dropout_masks" at this module's path. So a run of another implementation can be replayed.
+    With `mutable=["dropout_masks"]` what was drawn comes back, to be replayed elsewhere.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        if deterministic or self.rate == 0:
+            return x
+        if self.has_variable("dropout_masks", "keep"):
+            keep = self.get_variable("dropout_masks", "keep")
+            if keep.shape != x.shape:
+                raise ValueError(f"the dropout mask of {'/'.join(self.path)} is {keep.shape}, expected {x.shape}")
+        else:
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+            if self.is_mutable_collection("dropout_masks"):
+                self.put_variable("dropout_masks", "keep", keep)
+        return jnp.where(keep, x / (1 - self.rate), 0)
+
+
+class Identity(nn.Module):
+    """x itself: a place in the forward pass that would otherwise belong to no module, so that it can be looked at."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """What norms, softmax and logits are computed in: float32, or float64 in a float64 model."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def initialiser(cfg: GPTConfig, path: str) -> Initializer:
+    """How the parameter at this path is drawn: `cfg.init` chooses the column of INITIALISERS."""
+    gpt2, torch = INITIALISERS[path]
+    return (gpt2 if cfg.init == "gpt2" else torch)(cfg)
+
+
+def _normal(_: GPTConfig) -> Initializer:
+    return nn.initializers.normal(0.02)
+
+
+def _residual(cfg: GPTConfig) -> Initializer:
+    """Of the two projections that write to the residual stream: what 2 L of them add up to keeps its size."""
+    return nn.initializers.normal(0.02 * (2 * cfg.n_layers) ** -0.5)
+
+
+def _zeros(_: GPTConfig) -> Initializer:
+    return nn.initializers.zeros
+
+
+def _unit(_: GPTConfig) -> Initializer:
+    return nn.initializers.normal(1.0)
+
+
+def _linear(_: GPTConfig) -> Initializer:
+    """Uniform within 1/sqrt(fan_in), whose variance is 1 / (3 fan_in)."""
+    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _bias_from_D(cfg: GPTConfig) -> Initializer:
+    return _uniform(cfg.emb_dim**-0.5)
+
+
+def _bias_from_F(cfg: GPTConfig) -> Initializer:
+    return _uniform((4 * cfg.emb_dim) ** -0.5)
+
+
+def _uniform(limit: float) -> Initializer:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return init
+
+
+# The paths of flaxgpt.convert.names, in its order. gpt2: Radford et al. 2019. torch: the defaults of torch 2's nn.Embedding and
+# nn.Linear (a bias is drawn by the fan-in of its layer). Norms begin as the identity in both.
+INITIALISERS: dict[str, tuple[Callable[[GPTConfig], Initializer], Callable[[GPTConfig], Initializer]]] = {
+    #                                   gpt2        torch
+    "tok_emb/embedding":               (_normal,    _unit),
+    "pos_emb/embedding":               (_normal,    _unit),
+    "trf_blocks/att/W_query/kernel":   (_normal,    _linear),
+    "trf_blocks/att/W_query/bias":     (_zeros,     _bias_from_D),
+    "trf_blocks/att/W_key/kernel":     (_normal,    _linear),
+    "trf_blocks/att/W_key/bias":       (_zeros,     _bias_from_D),
+    "trf_blocks/att/W_value/kernel":   (_normal,    _linear),
+    "trf_blocks/att/W_value/bias":     (_zeros,     _bias_from_D),
+    "trf_blocks/att/out_proj/kernel":  (_residual,  _linear),
+    "trf_blocks/att/out_proj/bias":    (_zeros,     _bias_from_D),
+    "trf_blocks/ff/layers_0/kernel":   (_normal,    _linear),
+    "trf_blocks/ff/layers_0/bias":     (_zeros,     _bias_from_D),
+    "trf_blocks/ff/layers_2/kernel":   (_residual,  _linear),
+    "trf_blocks/ff/layers_2/bias":     (_zeros,     _bias_from_F),
+    "out_head/kernel":                 (_normal,    _linear),
+}  # fmt: skip
+
+
+def tapped(points: Collection[str]) -> AbstractContextManager[None]:
+    """Within it, `GPT(cfg).apply` gives and takes activations at these points of the forward pass.
+
+    A point is a module's path and "input" or "output", for instance "trf_blocks/norm1/output": the first argument of its call,
+    or the (first) result. With `mutable=["taps"]`, the activation comes back in that collection at the point's path. An array of
+    its shape in the collection "perturbations" at that path is added to it, so the gradient with respect to that array is the
+    gradient with respect to the activation. The model is not changed by it, nor is anything traced outside.
+    """
+
+    def tap(module: nn.Module, end: Literal["input", "output"], x: Any) -> Any:
+        if "/".join((*module.path, end)) not in points:
+            return x
+        if module.has_variable("perturbations", end):
+            x = x + module.get_variable("perturbations", end)
+        module.sow("taps", end, x, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+        return x
+
+    def intercept(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
+        x, *others = args
+        result = call(tap(context.module, "input", x), *others, **kwargs)
+        if isinstance(result, tuple):
+            return tap(context.module, "output", result[0]), *result[1:]
+        return tap(context.module, "output", result)
+
+    return nn.intercept_methods(intercept)

@@ -1,0 +1,16 @@
+"""Names for what is passed around."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+
+Params: TypeAlias = "Mapping[str, Params | jax.Array | np.ndarray]"
+"""The model's parameters, or anything shaped like them: nested dicts of arrays, those of the blocks stacked along a leading L axis."""
+
+Batch: TypeAlias = "tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]"
+"""inputs_BT and targets_BT, int32; the targets are the inputs one token later."""
