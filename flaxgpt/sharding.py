@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jax
@@ -12,17 +11,31 @@ from jax.sharding import PartitionSpec as P
 
 from flaxgpt.errors import InputError
 
-# Every weight matrix is split along D, which fsdp divides (TrainConfig checks it); vectors are small and copied.
-# The paths are those of the parameters, and of the moments in the optimizer's state, which have the same shapes.
-PARTITIONS: tuple[tuple[str, P], ...] = (
-    (r"(tok|pos)_emb/embedding$", P(None, "fsdp")),
-    (r"att/W_(query|key|value)/kernel$", P(None, "fsdp", None)),
-    (r"att/out_proj/kernel$", P(None, None, "fsdp")),
-    (r"ff/layers_0/kernel$", P(None, "fsdp", None)),
-    (r"ff/layers_2/kernel$", P(None, None, "fsdp")),
-    (r"out_head/kernel$", P("fsdp", None)),
-    (r"", P()),
-)
+# Every weight matrix is split along D, which fsdp divides (TrainConfig checks it); vectors are small and copied. The paths are those of
+# flaxgpt.convert.names, in its order, and with them those of the moments in the optimizer's state, which have the same shapes.
+PARTITIONS: dict[str, P] = {
+    "tok_emb/embedding":               P(None, "fsdp"),
+    "pos_emb/embedding":               P(None, "fsdp"),
+    "trf_blocks/att/W_query/kernel":   P(None, "fsdp", None),
+    "trf_blocks/att/W_query/bias":     P(),
+    "trf_blocks/att/W_key/kernel":     P(None, "fsdp", None),
+    "trf_blocks/att/W_key/bias":       P(),
+    "trf_blocks/att/W_value/kernel":   P(None, "fsdp", None),
+    "trf_blocks/att/W_value/bias":     P(),
+    "trf_blocks/att/out_proj/kernel":  P(None, None, "fsdp"),
+    "trf_blocks/att/out_proj/bias":    P(),
+    "trf_blocks/ff/layers_0/kernel":   P(None, "fsdp", None),
+    "trf_blocks/ff/layers_0/bias":     P(),
+    "trf_blocks/ff/layers_2/kernel":   P(None, None, "fsdp"),
+    "trf_blocks/ff/layers_2/bias":     P(),
+    "trf_blocks/norm1/scale":          P(),
+    "trf_blocks/norm1/shift":          P(),
+    "trf_blocks/norm2/scale":          P(),
+    "trf_blocks/norm2/shift":          P(),
+    "final_norm/scale":                P(),
+    "final_norm/shift":                P(),
+    "out_head/kernel":                 P("fsdp", None),
+}  # fmt: skip
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:
@@ -38,11 +51,11 @@ def make_mesh(fsdp: int = 1) -> Mesh:
 
 
 def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
-    """The NamedSharding of every leaf of a train state (or of its parameters): the first row of PARTITIONS that fits."""
+    """The NamedSharding of every leaf of a train state (or of its parameters): PARTITIONS by path; counts and keys are copied."""
 
     def sharding(path: tuple[Any, ...], _: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, next(spec for pattern, spec in PARTITIONS if re.search(pattern, name)))
+        return NamedSharding(mesh, next((spec for path, spec in PARTITIONS.items() if f"/{name}".endswith(f"/{path}")), P()))
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_state)
 

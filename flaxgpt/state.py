@@ -1,21 +1,24 @@
-"""TrainState, the whole of what training changes, and its creation, sharded from the first moment."""
+"""TrainState, the whole of what training changes: its creation, sharded from the first moment, and its form in the reference."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.model import GPT
+from flaxgpt.convert.optimizer import MOMENTS, moments_from_torch, moments_to_torch
+from flaxgpt.convert.params import check_finite, from_torch, named_parameters, to_torch
+from flaxgpt.model import init_params
+from flaxgpt.optim import adam_state, make_optimizer, with_adam_state
 from flaxgpt.sharding import state_shardings
-
-Params = Any
-"""A nested dict of arrays, as `GPT(cfg).init(...)["params"]` gives it."""
+from flaxgpt.types import Params
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +42,7 @@ class TrainState:
 def init_state(cfg: TrainConfig, tx: optax.GradientTransformation) -> TrainState:
     """A pure function of the config: the state before the first update."""
     init_key, run_key = jax.random.split(jax.random.key(cfg.seed))
-    params = GPT(cfg.model).init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
+    params = init_params(cfg.model, init_key)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), run_key)
 
 
@@ -56,3 +59,36 @@ def abstract_state(cfg: TrainConfig, tx: optax.GradientTransformation) -> TrainS
 def count_params(params: Params) -> int:
     """The number of scalars in a tree of parameters (arrays or their shapes)."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def state_from_torch(state_dict: Mapping[str, Any], optimizer_state: Mapping[str, Any], cfg: TrainConfig) -> TrainState:
+    """The training state that goes on where a run of the reference stopped.
+
+    Args:
+        state_dict: of the model, as NumPy arrays.
+        optimizer_state: `optimizer.state_dict()` of the AdamW of `torch_ref.optim.make_optimizer(model, cfg)`, with NumPy
+            arrays for tensors; also of one that has made no update yet.
+        cfg: the run; its seed makes the key of what is drawn from here on.
+
+    Returns:
+        A state on the default device, float32 throughout, to be given to a train step of `make_optimizer(cfg)`.
+
+    Raises:
+        InputError: naming every key, shape and option of either that is not of this config, or a value that is not finite.
+    """
+    step, moments = moments_from_torch(optimizer_state, cfg)
+    params = from_torch(state_dict, cfg.model)
+    check_finite(named_parameters(params, cfg.model), "the parameters")
+    mu, nu = (from_torch(moments[part], cfg.model) for part in MOMENTS)
+    tx = make_optimizer(cfg)
+    opt_state = with_adam_state(tx.init(params), mu, nu, step)
+    key = jax.jit(lambda: init_state(cfg, tx).key)()
+    return jax.tree.map(jnp.asarray, TrainState(jnp.int32(step), params, opt_state, key))
+
+
+def state_to_torch(state: TrainState, cfg: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The inverse of `state_from_torch`: a model's and an optimizer's state_dict, which load into the reference's, strictly."""
+    state = jax.device_get(TrainState(state.step, state.params, state.opt_state, None))
+    adam = adam_state(state.opt_state)
+    moments = {part: named_parameters(tree, cfg.model) for part, tree in zip(MOMENTS, (adam.mu, adam.nu), strict=True)}
+    return to_torch(state.params, cfg.model), moments_to_torch(int(state.step), moments, cfg)

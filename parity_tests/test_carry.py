@@ -7,10 +7,9 @@ import torch
 from conftest import SMALL, assert_close, random_ids, random_pair
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.convert.optimizer import state_from_torch, state_to_torch
 from flaxgpt.convert.params import from_torch
-from flaxgpt.model import GPT
 from flaxgpt.optim import make_optimizer
+from flaxgpt.state import state_from_torch, state_to_torch
 from flaxgpt.step import make_train_step
 from torch_ref.checkpoint import to_numpy, to_tensors
 from torch_ref.model import GPTModel
@@ -35,7 +34,7 @@ def train_torch(model, optimizer, steps, cfg):
 
 
 def train_jax(state, steps, cfg):
-    train_step = jax.jit(make_train_step(GPT(cfg.model), make_optimizer(cfg)))
+    train_step = jax.jit(make_train_step(cfg.model, make_optimizer(cfg)))
     for step in steps:
         state, _ = train_step(state, batch(step))
     return state

@@ -1,6 +1,7 @@
-"""A whole training state, carried between Optax and torch.optim.AdamW: parameters, both moments and the number of updates.
+"""The state of torch.optim.AdamW <-> moments by the names of the parameters, as NumPy arrays. Imports no framework.
 
-The optimizer's state_dict here is the one of `torch_ref.train.make_optimizer(model, cfg)`, with NumPy arrays for tensors.
+The optimizer's state_dict here is the one of `torch_ref.optim.make_optimizer(model, cfg)`, with NumPy arrays for tensors.
+`flaxgpt.state` makes a whole training state of it.
 """
 
 from __future__ import annotations
@@ -9,62 +10,20 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.convert.params import from_torch, named_parameters, parameter_shapes, shape_faults, to_torch
+from flaxgpt.convert.params import check_finite, parameter_shapes, shape_faults
 from flaxgpt.errors import InputError
-from flaxgpt.optim import adam_state, make_optimizer
-from flaxgpt.parity.compare import check_finite
-from flaxgpt.state import TrainState, init_state
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def state_from_torch(state_dict: Mapping[str, Any], optimizer_state: Mapping[str, Any], cfg: TrainConfig) -> TrainState:
-    """The training state that goes on where a run of the reference stopped.
-
-    Args:
-        state_dict: of the model.
-        optimizer_state: `optimizer.state_dict()`; of an optimizer that has made no update yet as well.
-        cfg: the run; its seed makes the key of what is drawn from here on.
-
-    Returns:
-        A state on the default device, float32 throughout, to be given to a train step of `make_optimizer(cfg)`.
-
-    Raises:
-        InputError: naming every key, shape and option of either that is not of this config, or a value that is not finite.
-    """
-    step, moments = moments_from_torch(optimizer_state, cfg)
-    params = from_torch(state_dict, cfg.model)
-    check_finite(named_parameters(params, cfg.model), "the parameters")
-    mu, nu = (from_torch(moments[part], cfg.model) for part in _MOMENTS)
-    tx = make_optimizer(cfg)
-    opt_state = optax.tree.set(tx.init(params), mu=mu, nu=nu, count=jnp.int32(step))
-    key = jax.jit(lambda: init_state(cfg, tx).key)()
-    return jax.tree.map(jnp.asarray, TrainState(jnp.int32(step), params, opt_state, key))
-
-
-def state_to_torch(state: TrainState, cfg: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The inverse of `state_from_torch`: a model's and an optimizer's state_dict, which load into the reference's, strictly.
-
-    The rate in the optimizer's groups is the peak rate: the reference's loop sets that of the schedule before every update.
-    """
-    adam = adam_state(state.opt_state)
-    moments = [named_parameters(jax.device_get(tree), cfg.model) for tree in (adam.mu, adam.nu)]
-    step, groups = np.array(state.step, np.float32), _groups(cfg)
-    entries = {
-        i: {"step": step.copy(), **{part: named[name] for part, named in zip(_MOMENTS, moments, strict=True)}}
-        for i, name in enumerate(itertools.chain.from_iterable(names for names, _ in groups))
-    }
-    return to_torch(jax.device_get(state.params), cfg.model), {"state": entries, "param_groups": _param_groups(cfg)}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""torch's names of AdamW's first and second moment."""
 
 
 def moments_from_torch(optimizer_state: Mapping[str, Any], cfg: TrainConfig) -> tuple[int, dict[str, dict[str, np.ndarray]]]:
     """The number of updates made, and both moments ("exp_avg", "exp_avg_sq") by the names of the parameters.
+
+    Of an optimizer that has made no update yet, the moments are zero.
 
     Raises:
         InputError: naming every key, shape and option that is not of this config, or a value that is not finite.
@@ -83,8 +42,8 @@ def moments_from_torch(optimizer_state: Mapping[str, Any], cfg: TrainConfig) -> 
     names = list(itertools.chain.from_iterable(names for names, _ in _groups(cfg)))
     shapes, state = parameter_shapes(cfg.model), optimizer_state["state"]
     if not state:  # as an optimizer has it before its first update
-        state = {i: {"step": 0.0, **{part: np.zeros(shapes[name], np.float32) for part in _MOMENTS}} for i, name in enumerate(names)}
-    moments = {part: {name: np.asarray(state[i][part]) for i, name in enumerate(names) if part in state.get(i, ())} for part in _MOMENTS}
+        state = {i: {"step": 0.0, **{part: np.zeros(shapes[name], np.float32) for part in MOMENTS}} for i, name in enumerate(names)}
+    moments = {part: {name: np.asarray(state[i][part]) for i, name in enumerate(names) if part in state.get(i, ())} for part in MOMENTS}
     for part, named in moments.items():
         faults += [f"{part}: {fault}" for fault in shape_faults({name: array.shape for name, array in named.items()}, shapes)]
     steps = {int(entry["step"]) for entry in state.values()}
@@ -97,11 +56,21 @@ def moments_from_torch(optimizer_state: Mapping[str, Any], cfg: TrainConfig) -> 
     return steps.pop(), moments
 
 
+def moments_to_torch(step: int, moments: Mapping[str, Mapping[str, np.ndarray]], cfg: TrainConfig) -> dict[str, Any]:
+    """The inverse of `moments_from_torch`: an optimizer's state_dict, which loads into the reference's, strictly.
+
+    The rate in the optimizer's groups is the peak rate: the reference's loop sets that of the schedule before every update.
+    """
+    names = itertools.chain.from_iterable(names for names, _ in _groups(cfg))
+    entries = {i: {"step": np.array(step, np.float32), **{part: moments[part][name] for part in MOMENTS}} for i, name in enumerate(names)}
+    return {"state": entries, "param_groups": _param_groups(cfg)}
+
+
 def options_from_torch(optimizer_state: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of TrainConfig that an optimizer's groups tell of.
+    """The fields of TrainConfig that an optimizer's groups imply.
 
     Raises:
-        InputError: it is not the state of an AdamW as `torch_ref.train.make_optimizer` makes it.
+        InputError: it is not the state of an AdamW as `torch_ref.optim.make_optimizer` makes it.
     """
     _check_structure(optimizer_state)
     groups = optimizer_state["param_groups"]
