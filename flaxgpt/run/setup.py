@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.data.corpora import Corpus, count_windows, load_corpus
+from flaxgpt.data.corpora import Corpus, load_corpus
 from flaxgpt.data.tokenizer import load_tokenizer
+from flaxgpt.data.windows import split_windows
 from flaxgpt.errors import InputError
 from flaxgpt.run.folder import DATA, TOKENIZER, Run, load_config, read_text
 
@@ -38,12 +39,12 @@ def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite:
         command: what the summary names as the way to sample from the run.
 
     Raises:
-        InputError: see `check_out_dir`, `load_corpus` and `count_windows`; or the run to resume had another config or other data.
+        InputError: see `check_out_dir`, `load_corpus` and `split_windows`; or the run to resume had another config or other data.
     """
     check_out_dir(out_dir, resume=resume, overwrite=overwrite)
     corpus = load_corpus(cfg.data, cfg.tokenizer, cfg.train_ratio)
-    count_windows(len(corpus.train), cfg, "training")
-    count_windows(len(corpus.val), cfg, "validation")
+    split_windows(corpus.train, cfg, "training")
+    split_windows(corpus.val, cfg, "validation")
     model = cfg.model.replace(vocab_size=corpus.tokenizer.vocab_size)
     cfg = cfg.replace(model=model, decay_steps=cfg.total_decay_steps, prompt=cfg.prompt or _opening_words(corpus))
     corpus.tokenizer.encode(cfg.prompt)
