@@ -61,7 +61,10 @@ def make_train_step(model: GPT, tx: optax.GradientTransformation, grad_accum_ste
 
 
 def make_eval_step(model: GPT) -> Callable[[Params, data.Batch], jax.Array]:
-    """(params, (inputs_BT, targets_BT)) -> mean loss without dropout, to be jitted by the caller."""
+    """(params, (inputs_BT, targets_BT)) -> mean loss without dropout, to be jitted by the caller.
+
+    It returns a number and nothing else, where `torch_ref.step.evaluate_model` moves the global generator.
+    """
 
     def eval_step(params: Params, batch: data.Batch) -> jax.Array:
         inputs_BT, targets_BT = batch

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from flaxgpt.config import TrainConfig
 from torch_ref.model import GPTModel
 from torch_ref.optim import make_optimizer
-from torch_ref.step import update
+from torch_ref.step import train_step
 
 CFG = TrainConfig(model=SMALL, batch_size=2)
 
@@ -32,8 +32,9 @@ def checkpoint(tmp_path):
     """A file as people keep them: the state_dicts of a model and of its optimizer."""
     model, _ = random_pair(SMALL)
     optimizer = make_optimizer(model, CFG)
+    batch = tuple(torch.from_numpy(random_ids(SMALL, (2, 16), seed)) for seed in (0, 1))
     for step in range(2):
-        update(model, optimizer, (torch.from_numpy(random_ids(SMALL, (2, 16))), torch.from_numpy(random_ids(SMALL, (2, 16), 1))), step, CFG)
+        train_step(model, optimizer, batch, step, CFG)
     path = tmp_path / "model_and_optimizer.pth"
     torch.save({"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict()}, path)
     return path

@@ -13,7 +13,7 @@ from torch_ref.data.loader import create_dataloaders
 from torch_ref.generation.generate import generate_text_simple
 from torch_ref.model import GPTModel, init_gpt2_
 from torch_ref.optim import learning_rate, make_optimizer
-from torch_ref.step import evaluate_model, update
+from torch_ref.step import evaluate_model, train_step
 
 
 def train(run: Run, corpus: Corpus) -> GPTModel:
@@ -39,7 +39,7 @@ def train(run: Run, corpus: Corpus) -> GPTModel:
     step = 0
     for _epoch in itertools.count():
         for batch in train_loader:
-            loss, grad_norm = update(model, optimizer, batch, step, cfg)
+            loss, grad_norm = train_step(model, optimizer, batch, step, cfg)
             run.step(step, loss, grad_norm, learning_rate(step, cfg))
             last = step == cfg.max_steps - 1 or run.stopped_by is not None
             if last or step % cfg.eval_every == 0:
