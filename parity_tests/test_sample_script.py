@@ -14,6 +14,7 @@ import sample
 from conftest import refused
 
 from flaxgpt.config import GPTConfig, TrainConfig
+from flaxgpt.run.log import RunLog
 from flaxgpt.run.setup import prepare
 from flaxgpt.train import train
 
@@ -27,9 +28,9 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLAXGPT_CACHE", str(folder.parent / "cache"))
         cfg = TrainConfig(model=MODEL, tokenizer="char", batch_size=2, max_steps=3, warmup_steps=0, eval_batches=1, sample_tokens=0)
-        run, corpus = prepare(cfg, folder)
-        with run:
-            train(run, corpus)
+        cfg, corpus = prepare(cfg, folder)
+        with RunLog(folder) as log:
+            train(cfg, corpus, log)
     return folder
 
 
