@@ -137,6 +137,15 @@ def test_a_prompt_longer_than_the_context_is_said(run):
     assert "12 tokens; the model saw the last 8" in err
 
 
+@pytest.fixture
+def sigint_is_heeded():
+    """A shell's background jobs ignore SIGINT, and so do their children; what has a handler here is not ignored there."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("sigint_is_heeded")
 def test_ctrl_c_while_streaming_ends_with_what_was_written(folder):
     script = Path(__file__).parent.parent / "scripts" / "sample.py"
     args = [sys.executable, script, "--checkpoint", folder, "--prompt", "the", "--stream", "--max-new-tokens", "99999"]
