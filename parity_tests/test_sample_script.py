@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import sample
-from conftest import refused
+from conftest import refused, refused_by_tyro
 
 from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.run.log import RunLog
@@ -103,13 +103,6 @@ def test_interactive_continues_each_line(run, monkeypatch):
         (["--prompts", "absent.txt"], "prompts.*absent.txt"),
         (["--prompts", "empty.txt"], "prompts.*empty.txt"),
         (["--prompts", "empty.txt", "--prompt", "a"], "exclude"),
-        (["--temperature", "-1"], "temperature"),
-        (["--temperature", "nan"], "temperature"),
-        (["--top-k", "0"], "top_k"),
-        (["--top-p", "0"], "top_p"),
-        (["--top-p", "much"], "--top-p"),
-        (["--min-p", "2"], "min_p"),
-        (["--repetition-penalty", "0"], "repetition_penalty"),
         (["--logit-bias", "9999", "1"], "logit_bias.*9999"),
         (["--banned", "9999"], "banned.*9999"),
         (["--eos-id", "9999"], "eos_id"),
@@ -128,6 +121,23 @@ def test_bad_input_is_one_line(run, tmp_path, args, pattern):
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "latin1.txt").write_bytes("déjà vu".encode("latin-1"))
     refused(run(*args), pattern)
+
+
+@pytest.mark.parametrize(
+    ("args", "pattern"),
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--temperature", "nan"], "temperature"),
+        (["--top-k", "0"], "top_k"),
+        (["--top-p", "0"], "top_p"),
+        (["--top-p", "much"], "--top-p"),
+        (["--min-p", "2"], "min_p"),
+        (["--repetition-penalty", "0"], "repetition_penalty"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_setting_that_does_not_fit_is_explained_by_tyro(run, args, pattern):
+    refused_by_tyro(run(*args), pattern)
 
 
 def test_a_prompt_longer_than_the_context_is_said(run):
