@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -25,8 +25,22 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every ste
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and a read that fails both raises and logs a traceback here
 
 
-def load_run(folder: Path) -> tuple[Params, TrainConfig, Tokenizer]:
-    """Parameters (on the default device), config and tokenizer of a run folder, be it of this trainer or of the reference's.
+class LoadedRun(NamedTuple):
+    """What a trained run comes down to.
+
+    Attributes:
+        params: float32, on the default device.
+        cfg: what it was made with.
+        tokenizer: what its token ids mean.
+    """
+
+    params: Params
+    cfg: TrainConfig
+    tokenizer: Tokenizer
+
+
+def load_run(folder: Path) -> LoadedRun:
+    """The newest weights of a run folder, be it of this trainer or of the reference's.
 
     Raises:
         InputError: it is not a run folder, or has no checkpoint that fits its config.
@@ -35,11 +49,11 @@ def load_run(folder: Path) -> tuple[Params, TrainConfig, Tokenizer]:
     weights = folder / CHECKPOINTS / TORCH_WEIGHTS
     if weights.is_file():
         try:
-            return jax.device_put(from_torch(load_file(weights), cfg.model)), cfg, tokenizer
+            return LoadedRun(jax.device_put(from_torch(load_file(weights), cfg.model)), cfg, tokenizer)
         except SafetensorError as error:
             raise InputError(f"{weights} is damaged ({error})") from None
     with Checkpoints(folder / CHECKPOINTS) as checkpoints:
-        return checkpoints.restore_params(cfg.model), cfg, tokenizer
+        return LoadedRun(checkpoints.restore_params(cfg.model), cfg, tokenizer)
 
 
 class Checkpoints:

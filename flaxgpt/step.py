@@ -48,7 +48,10 @@ def make_train_step(
 
 
 def make_eval_step(model: GPTConfig) -> Callable[[Params, Batch], jax.Array]:
-    """(params, (inputs_BT, targets_BT)) -> mean loss without dropout: a number, and nothing else in the program has changed."""
+    """One evaluation: (params, (inputs_BT, targets_BT)) -> mean loss without dropout.
+
+    It returns a number and changes nothing, where `torch_ref.step.evaluate_model` moves the global generator.
+    """
 
     def eval_step(params: Params, batch: Batch) -> jax.Array:
         inputs_BT, targets_BT = batch

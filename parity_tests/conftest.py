@@ -70,11 +70,21 @@ def call(monkeypatch, capsys, private_cache, tmp_path):
 
 
 def refused(result, pattern):
+    """What a person can mend is said in one line."""
     code, _, err = result
     assert code == 2
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1, err
     assert re.search(pattern, err), err
+
+
+def refused_by_tyro(result, pattern):
+    """What is wrong with a flag itself is said by tyro, in a frame as wide as the terminal."""
+    code, _, err = result
+    assert code == 2
+    assert "Traceback" not in err
+    text = " ".join(err.translate(dict.fromkeys(map(ord, "│╭╮╰╯─"), " ")).split())
+    assert re.search(pattern, text), err
 
 
 def random_pair(cfg: GPTConfig, seed: int = 0) -> tuple[GPTModel, dict]:

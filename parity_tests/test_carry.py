@@ -14,7 +14,7 @@ from flaxgpt.step import make_train_step
 from torch_ref.checkpoint import to_numpy, to_tensors
 from torch_ref.model import GPTModel
 from torch_ref.optim import make_optimizer as make_torch_optimizer
-from torch_ref.step import update
+from torch_ref.step import train_step
 
 CONFIG = TrainConfig(model=SMALL, batch_size=4, warmup_steps=2, max_steps=8)
 
@@ -30,7 +30,7 @@ def batch(step):
 
 def train_torch(model, optimizer, steps, cfg):
     for step in steps:
-        update(model, optimizer, tuple(map(torch.from_numpy, batch(step))), step, cfg)
+        train_step(model, optimizer, tuple(map(torch.from_numpy, batch(step))), step, cfg)
 
 
 def train_jax(state, steps, cfg):

@@ -1,4 +1,4 @@
-"""The scripts as a user meets them: flags, errors in one line with exit code 2, help."""
+"""The scripts as a user meets them: flags, errors that are explained with exit code 2, help."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ import pytest
 import sample
 import train_jax
 import train_torch
-from conftest import SCRIPTS, refused
+from conftest import SCRIPTS, refused, refused_by_tyro
 
 SMALL_MODEL = ["--n-layers", "1", "--n-heads", "2", "--emb-dim", "16", "--context-length", "8"]
 SMALL_RUN = [*SMALL_MODEL, "--batch-size", "2", "--max-steps", "3", "--eval-batches", "1", "--sample-tokens", "4"]
@@ -31,7 +31,7 @@ def test_train_then_sample(call, trainer, tmp_path):
     assert call(sample, *sampling)[1] == out
 
 
-def test_a_run_folder_is_not_touched_unless_told(call, tmp_path):
+def test_a_run_folder_is_not_touched_without_a_flag(call, tmp_path):
     assert call(train_jax, *SMALL_RUN, "--out-dir", "a")[0] == 0
     before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     refused(call(train_jax, *SMALL_RUN, "--out-dir", "a"), "a exists.*--resume.*--overwrite")
@@ -64,17 +64,10 @@ def test_overwrite_deletes_nothing_but_run_folders(call, tmp_path):
     ("args", "pattern"),
     [
         (["--preset", "huge"], "unknown preset 'huge'.*tiny"),
-        (["--warp-drive", "9"], "--warp-drive"),
-        (["--max-steps", "many"], "--max-steps.*'many'"),
-        (["--max-steps"], "--max-steps"),
-        (["--preset"], "--preset"),
-        (["--tokenizer", "words"], "words.*gpt2"),
-        (["--emb-dim", "30", "--n-heads", "4"], "emb_dim=30 is not divisible by n_heads=4"),
         (["--data", "absent.txt"], "no corpus 'absent.txt'"),
         (["--data", "short.txt"], "training split has .* tokens, fewer than one window"),
         (["--data", "empty.txt"], "no text"),
         (["--data", "latin1.txt"], "not UTF-8"),
-        (["--prompt", ""], "prompt is empty"),
         (["--prompt", "größer"], "'ßö'.*alphabet"),
         (["--fsdp", "7", "--emb-dim", "84"], "fsdp=7 does not divide"),
     ],
@@ -88,8 +81,26 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(call, tmp_path, args, p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "pattern"),
+    [
+        (["--warp-drive", "9"], "--warp-drive"),
+        (["--max-steps", "many"], "--max-steps.*'many'"),
+        (["--max-steps"], "--max-steps"),
+        (["--preset"], "--preset"),
+        (["--tokenizer", "words"], "words.*gpt2"),
+        (["--emb-dim", "30", "--n-heads", "4"], "emb_dim=30 is not divisible by n_heads=4"),
+        (["--prompt", ""], "prompt is empty"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_flag_that_does_not_fit_is_explained_by_tyro_and_leaves_nothing_behind(call, tmp_path, args, pattern):
+    refused_by_tyro(call(train_jax, "--out-dir", "out", *args), pattern)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_or_foreign_checkpoint_is_one_line(call, tmp_path):
-    refused(call(sample), "--checkpoint")
+    refused_by_tyro(call(sample), "--checkpoint")
     refused(call(sample, "--checkpoint", "absent", "--prompt", "the"), "not a run folder")
     assert call(train_jax, *SMALL_RUN, "--out-dir", "a")[0] == 0
     config = tmp_path / "a" / "config.json"
@@ -132,3 +143,9 @@ atexit.register(lambda: print("LOADED", sorted({{"jax", "torch", "matplotlib"}} 
     assert "LOADED []" in out
     assert "Examples:" in out
     assert "--preset" in out or "--seed" in out
+
+
+def test_reading_a_run_folder_loads_neither_the_terminal_nor_the_pictures():
+    watched = "{'flaxgpt.run.progress', 'flaxgpt.run.plots', 'matplotlib'}"
+    code = f"import sys, flaxgpt.checkpoint; print(sorted({watched} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

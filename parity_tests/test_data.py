@@ -8,7 +8,8 @@ import torch
 
 from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.data import corpora as corpus
-from flaxgpt.data.loader import Windows, eval_batches, train_batches
+from flaxgpt.data.loader import eval_batches, train_batches
+from flaxgpt.data.windows import Windows
 from torch_ref.data.loader import create_dataloaders
 
 TOKENS = np.arange(100, dtype=np.uint16)
@@ -21,12 +22,13 @@ def run_config(**fields) -> TrainConfig:
 
 @pytest.mark.parametrize("length", [0, 4, 5, 8, 9, 12, 13, 100])
 @pytest.mark.parametrize("stride", [1, 3, 4, 7])
-def test_windows_are_those_of_the_reference(length, stride):
-    ours = Windows(TOKENS[:length], 4, stride)
+def test_windows_start_a_stride_apart_and_their_targets_are_one_token_later(length, stride):
+    windows = Windows(TOKENS[:length], 4, stride)
     starts = range(0, length - 4, stride)
-    assert len(ours) == len(starts)
+    assert len(windows) == len(starts)
     for i, start in enumerate(starts):
-        inputs, targets = ours[i]
+        inputs, targets = windows[i]
+        assert inputs.dtype == targets.dtype == np.int32
         assert inputs.tolist() == list(range(start, start + 4))
         assert targets.tolist() == list(range(start + 1, start + 5))
 
@@ -72,6 +74,8 @@ def test_torch_loaders_hold_the_same_windows():
     ours = sorted(int(w[0]) for step in range(4) for w in train_batches(TOKENS, cfg)[step][0])
     assert sorted(int(w[0]) for inputs, _ in train for w in inputs) == ours
     assert [inputs.shape for inputs, _ in val] == [torch.Size([2, 8])]
+    assert {side.dtype for batch in (*train, *val) for side in batch} == {torch.int64}
+    assert {side.dtype for side in train_batches(TOKENS, cfg)[0]} == {np.dtype(np.int32)}
 
 
 def test_a_text_shorter_than_one_window_is_refused_with_the_remedy():

@@ -11,13 +11,13 @@ import parity_report
 import pytest
 import torch
 from bugs import BUGS, planted
-from conftest import SMALL, random_ids, random_pair, refused
+from conftest import SMALL, random_ids, random_pair, refused, refused_by_tyro
 from safetensors.torch import save_file
 
 from flaxgpt.config import TrainConfig
 from torch_ref.model import GPTModel
 from torch_ref.optim import make_optimizer
-from torch_ref.step import update
+from torch_ref.step import train_step
 
 CFG = TrainConfig(model=SMALL, batch_size=2)
 
@@ -32,8 +32,9 @@ def checkpoint(tmp_path):
     """A file as people keep them: the state_dicts of a model and of its optimizer."""
     model, _ = random_pair(SMALL)
     optimizer = make_optimizer(model, CFG)
+    batch = tuple(torch.from_numpy(random_ids(SMALL, (2, 16), seed)) for seed in (0, 1))
     for step in range(2):
-        update(model, optimizer, (torch.from_numpy(random_ids(SMALL, (2, 16))), torch.from_numpy(random_ids(SMALL, (2, 16), 1))), step, CFG)
+        train_step(model, optimizer, batch, step, CFG)
     path = tmp_path / "model_and_optimizer.pth"
     torch.save({"model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict()}, path)
     return path
@@ -100,12 +101,15 @@ def test_a_tied_model_s_file_is_read_as_tied(report, tmp_path):
         (["--batch", "0"], "batch=0"),
         (["--preset", "tiny", "--n-heads", "2"], "--n-heads goes with --state-dict alone"),
         (["--length", "65"], "length=65: expected at most the model's context_length=64"),
-        (["--dtype", "float16"], "float16"),
         (["--html", "no/such/folder/x.html"], "can't write no/such/folder/x.html"),
     ],
 )
 def test_bad_flags_are_one_line_and_exit_code_2(report, flags, named):
     refused(report(*flags), re.escape(named))
+
+
+def test_a_precision_that_there_is_not_is_refused_with_those_that_there_are(report):
+    refused_by_tyro(report("--dtype", "float16"), "float16.*float32.*bfloat16.*float64")
 
 
 def broken(change):

@@ -17,6 +17,7 @@ from flaxgpt.generation.generate import generate
 from flaxgpt.loss import next_token_loss
 from flaxgpt.model import forward
 from flaxgpt.run.folder import read_metrics
+from flaxgpt.run.log import RunLog
 from flaxgpt.run.setup import prepare
 from flaxgpt.step import make_eval_step
 from torch_ref.data.loader import create_dataloaders
@@ -124,10 +125,10 @@ def test_losses_before_training_on_both_sides(verdict, reference, params):
 
 @pytest.mark.slow  # about 80 s on two cores
 def test_the_published_training_run_at_steps_0_and_5(verdict, tmp_path):
-    run, corpus = prepare(VERDICT.replace(max_steps=6, sample_tokens=0), tmp_path / "run")
-    with run:
-        train(run, corpus)
-    losses = {r["step"]: [r["train/loss"], r["val/loss"]] for r in read_metrics(run.folder) if "val/loss" in r}
+    cfg, corpus = prepare(VERDICT.replace(max_steps=6, sample_tokens=0), tmp_path / "run")
+    with RunLog(tmp_path / "run") as log:
+        train(cfg, corpus, log)
+    losses = {r["step"]: [r["train/loss"], r["val/loss"]] for r in read_metrics(tmp_path / "run") if "val/loss" in r}
     assert losses.keys() == {0, 5}
     assert losses[0] == pytest.approx([9.781, 9.933], abs=6e-4)
     assert losses[5] == pytest.approx([8.111, 8.339], abs=6e-4)

@@ -12,6 +12,7 @@ from flaxgpt.config import TrainConfig
 from flaxgpt.optim import make_optimizer
 from flaxgpt.parity.replay import COLUMNS, replay
 from flaxgpt.run.folder import read_metrics
+from flaxgpt.run.log import RunLog
 from flaxgpt.run.setup import prepare
 from torch_ref.parity.replay import recorded_run
 from torch_ref.train import train as train_torch
@@ -40,20 +41,20 @@ def config(private_cache, tmp_path):
 
 
 def test_the_recording_is_the_reference_s_own_run(config, tmp_path):
-    run, corpus = prepare(config, tmp_path / "run")
-    with run:
-        train_torch(run, corpus)
-    expected = {r["step"]: (r["train/loss"], r["val/loss"]) for r in read_metrics(run.folder) if "val/loss" in r}
-    _, updates = recorded_run(run.cfg, corpus)
+    cfg, corpus = prepare(config, tmp_path / "run")
+    with RunLog(tmp_path / "run") as log:
+        train_torch(cfg, corpus, log)
+    expected = {r["step"]: (r["train/loss"], r["val/loss"]) for r in read_metrics(tmp_path / "run") if "val/loss" in r}
+    _, updates = recorded_run(cfg, corpus)
     recorded = {u.step: u.evaluation[2:] for u in updates if u.evaluation}
     assert recorded == expected, "recording masks, or sampling, has changed what the generator draws"
 
 
 def test_a_replay_in_float64_is_the_run_to_1e_12_and_writes_the_same_text(config, tmp_path):
-    run, corpus = prepare(config, tmp_path / "run")
-    weights, updates = recorded_run(run.cfg, corpus, "float64")
+    cfg, corpus = prepare(config, tmp_path / "run")
+    weights, updates = recorded_run(cfg, corpus, "float64")
     evaluations = samples = 0
-    for repeated in replay(run.cfg, weights, updates, "float64"):
+    for repeated in replay(cfg, weights, updates, "float64"):
         update = repeated.update
         assert math.isclose(repeated.loss, update.loss, rel_tol=1e-12), f"update {update.step}"
         assert math.isclose(repeated.grad_norm, update.grad_norm, rel_tol=1e-12), f"update {update.step}"
@@ -90,9 +91,9 @@ def test_the_script_fails_when_the_runs_part(config, tmp_path, monkeypatch, call
 
 
 def test_a_training_run_is_not_replaced_by_a_replay(config, tmp_path, call):
-    run, corpus = prepare(config.replace(max_steps=1), tmp_path / "run")
-    with run:
-        train_torch(run, corpus)
+    cfg, corpus = prepare(config.replace(max_steps=1), tmp_path / "run")
+    with RunLog(tmp_path / "run") as log:
+        train_torch(cfg, corpus, log)
     before = (tmp_path / "run" / "config.json").read_bytes()
     refused(call(replay_script, "--out-dir", tmp_path / "run", "--overwrite"), "holds a training run")
     assert (tmp_path / "run" / "config.json").read_bytes() == before

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import sample
-from conftest import refused
+from conftest import refused, refused_by_tyro
 
 from flaxgpt.config import GPTConfig, TrainConfig
+from flaxgpt.run.log import RunLog
 from flaxgpt.run.setup import prepare
 from flaxgpt.train import train
 
@@ -27,9 +28,9 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLAXGPT_CACHE", str(folder.parent / "cache"))
         cfg = TrainConfig(model=MODEL, tokenizer="char", batch_size=2, max_steps=3, warmup_steps=0, eval_batches=1, sample_tokens=0)
-        run, corpus = prepare(cfg, folder)
-        with run:
-            train(run, corpus)
+        cfg, corpus = prepare(cfg, folder)
+        with RunLog(folder) as log:
+            train(cfg, corpus, log)
     return folder
 
 
@@ -102,13 +103,6 @@ def test_interactive_continues_each_line(run, monkeypatch):
         (["--prompts", "absent.txt"], "prompts.*absent.txt"),
         (["--prompts", "empty.txt"], "prompts.*empty.txt"),
         (["--prompts", "empty.txt", "--prompt", "a"], "exclude"),
-        (["--temperature", "-1"], "temperature"),
-        (["--temperature", "nan"], "temperature"),
-        (["--top-k", "0"], "top_k"),
-        (["--top-p", "0"], "top_p"),
-        (["--top-p", "much"], "--top-p"),
-        (["--min-p", "2"], "min_p"),
-        (["--repetition-penalty", "0"], "repetition_penalty"),
         (["--logit-bias", "9999", "1"], "logit_bias.*9999"),
         (["--banned", "9999"], "banned.*9999"),
         (["--eos-id", "9999"], "eos_id"),
@@ -129,6 +123,23 @@ def test_bad_input_is_one_line(run, tmp_path, args, pattern):
     refused(run(*args), pattern)
 
 
+@pytest.mark.parametrize(
+    ("args", "pattern"),
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--temperature", "nan"], "temperature"),
+        (["--top-k", "0"], "top_k"),
+        (["--top-p", "0"], "top_p"),
+        (["--top-p", "much"], "--top-p"),
+        (["--min-p", "2"], "min_p"),
+        (["--repetition-penalty", "0"], "repetition_penalty"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_setting_that_does_not_fit_is_explained_by_tyro(run, args, pattern):
+    refused_by_tyro(run(*args), pattern)
+
+
 def test_a_prompt_longer_than_the_context_is_said(run):
     code, out, err = run("--prompt", "the value of", "--max-new-tokens", 2)
     assert code == 0
@@ -136,6 +147,15 @@ def test_a_prompt_longer_than_the_context_is_said(run):
     assert "12 tokens; the model saw the last 8" in err
 
 
+@pytest.fixture
+def sigint_is_heeded():
+    """A shell's background jobs ignore SIGINT, and so do their children; what has a handler here is not ignored there."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("sigint_is_heeded")
 def test_ctrl_c_while_streaming_ends_with_what_was_written(folder):
     script = Path(__file__).parent.parent / "scripts" / "sample.py"
     args = [sys.executable, script, "--checkpoint", folder, "--prompt", "the", "--stream", "--max-new-tokens", "99999"]

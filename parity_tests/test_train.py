@@ -13,6 +13,7 @@ from flaxgpt.data.loader import train_batches
 from flaxgpt.model import GPT
 from flaxgpt.optim import make_optimizer
 from flaxgpt.run.folder import COLUMNS, read_metrics
+from flaxgpt.run.log import RunLog
 from flaxgpt.run.setup import prepare
 from flaxgpt.state import init_state
 from flaxgpt.step import make_train_step
@@ -41,10 +42,10 @@ def config(private_cache, tmp_path):
 
 
 def run_to_the_end(cfg, out_dir, **options):
-    run, corpus = prepare(cfg, out_dir, **options)
-    with run:
-        state = train(run, corpus, resume=options.get("resume", False))
-        run.summary()
+    cfg, corpus = prepare(cfg, out_dir, **options)
+    with RunLog(out_dir) as log:
+        state = train(cfg, corpus, log, resume=options.get("resume", False))
+        log.summary("a command")
     return state
 
 
@@ -119,9 +120,9 @@ def test_the_run_folder_holds_what_scripts_rely_on(config, tmp_path, capsys):
 
 
 def test_training_in_float64_is_refused_before_anything_is_touched(config, tmp_path):
-    run, corpus = prepare(config.replace(model=config.model.replace(dtype="float64")), tmp_path / "run")
-    with run, pytest.raises(ValueError, match="float64 is for comparisons"):
-        train(run, corpus)
+    cfg, corpus = prepare(config.replace(model=config.model.replace(dtype="float64")), tmp_path / "run")
+    with RunLog(tmp_path / "run") as log, pytest.raises(ValueError, match="float64 is for comparisons"):
+        train(cfg, corpus, log)
     assert not (tmp_path / "run").exists()
 
 
@@ -137,18 +138,19 @@ def test_learning_happens_and_is_reproducible(config, tmp_path):
 
 def test_ctrl_c_finishes_the_update_saves_and_can_be_resumed(config, tmp_path, monkeypatch):
     whole = run_to_the_end(config, tmp_path / "whole")
-    run, corpus = prepare(config, tmp_path / "run")
-    told = run.step
+    cfg, corpus = prepare(config, tmp_path / "run")
+    with RunLog(tmp_path / "run") as log:
+        update = log.update
 
-    def interrupt_at_7(step, *values):
-        told(step, *values)
-        if step == 7:
-            signal.raise_signal(signal.SIGINT)
+        def interrupt_at_7(step, *values):
+            update(step, *values)
+            if step == 7:
+                signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(run, "step", interrupt_at_7)
-    with run:
-        state = train(run, corpus)
-        run.summary()
+        monkeypatch.setattr(log, "update", interrupt_at_7)
+        state = train(cfg, corpus, log)
+        log.summary("a command")
+    assert log.stop.signal == signal.SIGINT
     assert 8 <= int(state.step) <= 10, "it stops soon after"
     assert_equal_bits(run_to_the_end(config, tmp_path / "run", resume=True), whole)
 
@@ -202,16 +204,16 @@ def test_a_train_step_compiles_once(config):
 
 def test_parameters_alone_are_restored_for_sampling(config, tmp_path):
     state = run_to_the_end(config, tmp_path / "run")
-    assert_equal_bits(load_run(tmp_path / "run")[0], state.params)
+    assert_equal_bits(load_run(tmp_path / "run").params, state.params)
 
 
 def test_the_reference_trains_the_same_run_and_its_weights_load_here(config, tmp_path):
-    run, corpus = prepare(config.replace(model=SMALL), tmp_path / "torch")
-    with run:
-        model = train_torch(run, corpus)
-        run.summary()
-    assert [r["step"] for r in read_metrics(run.folder) if "val/loss" in r] == [0, 5, 10, 11]
-    params, cfg, _ = load_run(run.folder)
+    cfg, corpus = prepare(config.replace(model=SMALL), tmp_path / "torch")
+    with RunLog(tmp_path / "torch") as log:
+        model = train_torch(cfg, corpus, log)
+        log.summary("a command")
+    assert [r["step"] for r in read_metrics(tmp_path / "torch") if "val/loss" in r] == [0, 5, 10, 11]
+    params, cfg, _ = load_run(tmp_path / "torch")
     tokens = random_ids(cfg.model, (2, 16))
     with torch.no_grad():
         assert_close(

@@ -22,7 +22,7 @@ import tyro
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.errors import InputError
-from flaxgpt.run.cli import one_line_errors, parse
+from flaxgpt.run.cli import one_line_errors
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class BenchmarkArgs:
 @one_line_errors
 def main() -> None:
     """Parse the flags, time, print a line for each batch size."""
-    args = parse(BenchmarkArgs, description=__doc__)
+    args = tyro.cli(BenchmarkArgs, description=__doc__)
     for name in ("prompt_tokens", "new_tokens", "rounds"):
         if getattr(args, name) < 1:
             raise InputError(f"{name}={getattr(args, name)}: expected at least 1")

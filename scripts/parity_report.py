@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from flaxgpt.config import TrainConfig
 from flaxgpt.errors import InputError
-from flaxgpt.run.cli import one_line_errors, parse
+from flaxgpt.run.cli import one_line_errors
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class ReportArgs:
 @one_line_errors
 def main() -> None:
     """Parse the flags, make the problem, climb the ladder, report."""
-    args = parse(ReportArgs, description=__doc__)
+    args = tyro.cli(ReportArgs, description=__doc__)
 
     import tempfile
     import time

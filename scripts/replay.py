@@ -29,7 +29,7 @@ def main() -> None:
 
     if (args.out_dir / "metrics.jsonl").exists():
         raise InputError(f"{args.out_dir} holds a training run, which a replay does not replace: choose another --out-dir")
-    run, corpus = prepare(args.config, args.out_dir, overwrite=args.overwrite)
+    cfg, corpus = prepare(args.config, args.out_dir, overwrite=args.overwrite)
 
     from flaxgpt.parity.replay import Comparison, replay
 
@@ -38,7 +38,6 @@ def main() -> None:
     except ModuleNotFoundError as error:
         raise InputError(f'the reference needs {error.name}: pip install -e ".[parity]" (or "flaxgpt[parity]")') from None
 
-    cfg = run.cfg
     comparison = Comparison(args.out_dir, cfg, corpus.tokenizer)
     weights, updates = recorded_run(cfg, corpus, cfg.model.dtype)
     for repeated in replay(cfg, weights, updates, cfg.model.dtype):

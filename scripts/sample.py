@@ -26,7 +26,7 @@ import tyro
 
 from flaxgpt.config import SamplingConfig
 from flaxgpt.errors import InputError
-from flaxgpt.run.cli import one_line_errors, parse
+from flaxgpt.run.cli import one_line_errors
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SampleArgs:
 @one_line_errors
 def main() -> None:
     """Parse the flags, load the run, generate, print."""
-    args = parse(SampleArgs, description=__doc__)
+    args = tyro.cli(SampleArgs, description=__doc__)
     if args.seed is not None and not 0 <= args.seed < 2**32:
         raise InputError(f"seed={args.seed}: expected a value in [0, 2**32)")
     if (args.prompt is not None) + (args.prompts is not None) + args.interactive > 1:

@@ -13,19 +13,20 @@ from flaxgpt.run.cli import one_line_errors, parse_train, sample_command
 
 @one_line_errors
 def main() -> None:
-    """Parse the flags, load the data, train, tell how to go on."""
+    """Parse the flags, load the data, train, say how to go on."""
     args = parse_train(__doc__)
 
+    from flaxgpt.run.log import RunLog
     from flaxgpt.run.setup import prepare
     from flaxgpt.train import train
 
-    run, corpus = prepare(args.config, args.out_dir, resume=args.resume, overwrite=args.overwrite, command=sample_command(args.out_dir))
-    with run:
-        train(run, corpus, resume=args.resume)
-        run.summary()
-    if run.stopped_by is not None:
+    cfg, corpus = prepare(args.config, args.out_dir, resume=args.resume, overwrite=args.overwrite)
+    with RunLog(args.out_dir) as log:
+        train(cfg, corpus, log, resume=args.resume)
+        log.summary(sample_command(args.out_dir))
+    if log.stop.signal is not None:
         print("stopped early: the same command with --resume goes on from here")
-        sys.exit(128 + run.stopped_by)
+        sys.exit(128 + log.stop.signal)
 
 
 if __name__ == "__main__":

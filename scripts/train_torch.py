@@ -13,13 +13,14 @@ from flaxgpt.run.cli import one_line_errors, parse_train, sample_command
 
 @one_line_errors
 def main() -> None:
-    """Parse the flags, load the data, train, tell how to go on."""
+    """Parse the flags, load the data, train, say how to sample."""
     args = parse_train(__doc__)
     if args.resume:
         raise InputError("the reference can't resume: its random generator depends on all that was drawn before; train_jax.py can")
     if args.config.fsdp > 1 or args.config.model.dtype != "float32" or args.config.model.remat:
         raise InputError("the reference trains in float32 on one device: pass --dtype float32 --no-remat --fsdp 1")
 
+    from flaxgpt.run.log import RunLog
     from flaxgpt.run.setup import prepare
 
     try:
@@ -27,12 +28,12 @@ def main() -> None:
     except ModuleNotFoundError as error:
         raise InputError(f'the reference needs {error.name}: pip install -e ".[parity]" (or "flaxgpt[parity]")') from None
 
-    run, corpus = prepare(args.config, args.out_dir, overwrite=args.overwrite, command=sample_command(args.out_dir))
-    with run:
-        train(run, corpus)
-        run.summary()
-    if run.stopped_by is not None:
-        sys.exit(128 + run.stopped_by)
+    cfg, corpus = prepare(args.config, args.out_dir, overwrite=args.overwrite)
+    with RunLog(args.out_dir) as log:
+        train(cfg, corpus, log)
+        log.summary(sample_command(args.out_dir))
+    if log.stop.signal is not None:
+        sys.exit(128 + log.stop.signal)
 
 
 if __name__ == "__main__":

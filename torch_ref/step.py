@@ -15,8 +15,8 @@ from torch_ref.model import GPTModel
 from torch_ref.optim import apply_gradients_, clip_gradients_
 
 
-def update(model: GPTModel, optimizer: torch.optim.AdamW, batch: Batch, step: int, cfg: TrainConfig) -> tuple[float, float]:
-    """Update the model in place; returns the batch's loss, nats per token, and its gradient's norm before clipping."""
+def train_step(model: GPTModel, optimizer: torch.optim.AdamW, batch: Batch, step: int, cfg: TrainConfig) -> tuple[float, float]:
+    """Update the model and the optimizer in place; returns the batch's loss, nats per token, and its gradient's norm before clipping."""
     model.train()
     optimizer.zero_grad()
     loss = 0.0
@@ -51,7 +51,10 @@ def calc_loss_loader(
 def evaluate_model(
     model: GPTModel, train_loader: DataLoader[Batch], val_loader: DataLoader[Batch], cfg: TrainConfig
 ) -> tuple[float, float]:
-    """Training and validation loss over `cfg.eval_batches` batches each, dropout off; leaves the model in `eval()` mode."""
+    """Training and validation loss over `cfg.eval_batches` batches each, dropout off; leaves the model in `eval()` mode.
+
+    It moves the global generator, from which the loaders draw, where `flaxgpt.step.make_eval_step` only returns a number.
+    """
     model.eval()
     train_loss, val_loss = (calc_loss_loader(model, loader, cfg.eval_batches, cfg.microbatch_size) for loader in (train_loader, val_loader))
     return train_loss, val_loss

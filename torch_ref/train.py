@@ -6,47 +6,62 @@ import itertools
 
 import torch
 
+from flaxgpt.config import TrainConfig
 from flaxgpt.data.corpora import Corpus
-from flaxgpt.run.folder import CHECKPOINTS, TORCH_WEIGHTS, Run
+from flaxgpt.data.tokenizer import Tokenizer
+from flaxgpt.run.folder import CHECKPOINTS, TORCH_WEIGHTS
+from flaxgpt.run.log import RunLog, check_loss
 from torch_ref.checkpoint import save_model
 from torch_ref.data.loader import create_dataloaders
 from torch_ref.generation.generate import generate_text_simple
 from torch_ref.model import GPTModel, init_model
 from torch_ref.optim import learning_rate, make_optimizer
-from torch_ref.step import evaluate_model, update
+from torch_ref.step import evaluate_model, train_step
 
 
-def train(run: Run, corpus: Corpus) -> GPTModel:
+def train(cfg: TrainConfig, corpus: Corpus, log: RunLog) -> GPTModel:
     """Train for `max_steps` updates, the same run as `flaxgpt.train.train`, in the reference.
 
     Everything draws from one generator in the order in which it happens: the weights, each epoch's shuffle, the dropout
     masks. Evaluating shuffles the training data too, so `eval_every` is part of what the run computes. With the preset
     verdict-124m this order is that of the published run, whose losses it reproduces.
 
+    Args:
+        cfg: the run, as `flaxgpt.run.setup.prepare` returns it.
+        corpus: its data.
+        log: what the results are reported to; its folder takes the weights.
+
     Raises:
-        InputError: the splits are too short for the config.
+        InputError: the splits are too short for the config, or the loss is not finite.
     """
-    cfg = run.cfg
     train_loader, val_loader = create_dataloaders(corpus.train, corpus.val, cfg)
+    batches = itertools.chain.from_iterable(itertools.repeat(train_loader))  # epoch after epoch, each shuffled when it begins
     torch.manual_seed(cfg.seed)
     model = init_model(cfg.model)
     optimizer = make_optimizer(model, cfg)
-    prompt_BT = torch.tensor([corpus.tokenizer.encode(cfg.prompt)])
 
-    run.begin(0, n_params=sum(p.numel() for p in model.parameters()), devices="1 x cpu (torch)")
-    step = 0
-    for _epoch in itertools.count():
-        for batch in train_loader:
-            loss, grad_norm = update(model, optimizer, batch, step, cfg)
-            run.step(step, loss, grad_norm, learning_rate(step, cfg))
-            last = step == cfg.max_steps - 1 or run.stopped_by is not None
-            if last or step % cfg.eval_every == 0:
-                train_loss, val_loss = evaluate_model(model, train_loader, val_loader, cfg)
-                ids = generate_text_simple(model, prompt_BT, cfg.sample_tokens, cfg.model.context_length)
-                run.evaluation(step, train_loss, val_loss, corpus.tokenizer.decode(ids[0].tolist()) if cfg.sample_tokens else "")
-            if last or (step + 1) % cfg.checkpoint_every == 0:
-                save_model(model, run.folder / CHECKPOINTS / TORCH_WEIGHTS)
-            if last:
-                return model
-            step += 1
-    raise AssertionError("unreachable: the loop ends by returning")
+    log.begin(cfg, corpus, 0, n_params=sum(p.numel() for p in model.parameters()), devices="1 x cpu (torch)")
+    for step, batch in zip(range(cfg.max_steps), batches, strict=False):
+        loss, grad_norm = train_step(model, optimizer, batch, step, cfg)
+        check_loss(step, loss, grad_norm)
+        log.update(step, loss, grad_norm, learning_rate(step, cfg))
+        last = step == cfg.max_steps - 1 or log.stop.requested
+        saves = last or (step + 1) % cfg.checkpoint_every == 0
+        evaluates = last or step % cfg.eval_every == 0
+        if saves:
+            save_model(model, log.out_dir / CHECKPOINTS / TORCH_WEIGHTS)
+        if evaluates:
+            train_loss, val_loss = evaluate_model(model, train_loader, val_loader, cfg)
+            log.evaluation(step, train_loss, val_loss, make_sample(model, cfg, corpus.tokenizer))
+        if last:
+            break
+    return model
+
+
+def make_sample(model: GPTModel, cfg: TrainConfig, tokenizer: Tokenizer) -> str:
+    """The run's prompt and how the model, in `eval()` mode, continues it, greedily; "" if `sample_tokens` is 0."""
+    if not cfg.sample_tokens:
+        return ""
+    prompt_BT = torch.tensor([tokenizer.encode(cfg.prompt)])
+    ids_BT = generate_text_simple(model, prompt_BT, cfg.sample_tokens, cfg.model.context_length)
+    return tokenizer.decode(ids_BT[0].tolist())

@@ -12,11 +12,9 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from flaxgpt.config import TrainConfig
 from flaxgpt.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, load_tokenizer
 from flaxgpt.errors import InputError
 
@@ -34,11 +32,11 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """Lengths, and hashes of up to a million tokens spread over each split, as JSON: enough to notice another text."""
-        told = {}
+        splits = {}
         for name, tokens in (("train", self.train), ("val", self.val)):
             spread = np.ascontiguousarray(tokens[:: len(tokens) // 2**20 + 1])
-            told[name] = {"tokens": len(tokens), "sha256": hashlib.sha256(spread).hexdigest()}
-        return json.dumps(told, indent=2) + "\n"
+            splits[name] = {"tokens": len(tokens), "sha256": hashlib.sha256(spread).hexdigest()}
+        return json.dumps(splits, indent=2) + "\n"
 
 
 def load_corpus(data: str, tokenizer: str, train_ratio: float) -> Corpus:
@@ -67,27 +65,6 @@ def load_corpus(data: str, tokenizer: str, train_ratio: float) -> Corpus:
     if not folder.is_dir():
         _write_tokens(folder, text, CharTokenizer(text) if tokenizer == "char" else get_tokenizer(tokenizer), train_ratio)
     return _open_tokens(folder, tokenizer)
-
-
-def count_windows(n_tokens: int, cfg: TrainConfig, split: Literal["training", "validation"]) -> int:
-    """How many windows a split has: training windows start `cfg.window_stride` tokens apart, validation windows do not overlap.
-
-    Raises:
-        InputError: there is not one window, or not one batch to train on.
-    """
-    T = cfg.model.context_length
-    count = -(-(n_tokens - T) // (cfg.window_stride if split == "training" else T))  # each needs its next token too
-    if count < 1:
-        raise InputError(
-            f"the {split} split has {n_tokens} tokens, fewer than one window of context_length + 1 = {T + 1}; "
-            "use a longer text, a smaller context_length or another train_ratio"
-        )
-    if split == "training" and cfg.drop_last and count < cfg.batch_size:
-        raise InputError(
-            f"the training split has {count} windows, fewer than batch_size={cfg.batch_size}; "
-            "lower batch_size, context_length or stride, or pass --no-drop-last"
-        )
-    return count
 
 
 def cache_dir() -> Path:

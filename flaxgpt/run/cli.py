@@ -1,26 +1,24 @@
-"""Command lines: a dataclass to flags, and one clear line and exit code 2 for what a person can mend."""
+"""Command lines: a training run as flags, and one clear line and exit code 2 for what a person can mend.
+
+What is wrong with a flag itself (its name, its value) is said by tyro, in its own frame, with the same exit code.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import functools
-import io
-import itertools
-import re
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import tyro
 
 from flaxgpt.config import TrainConfig
 from flaxgpt.errors import InputError
-
-T = TypeVar("T")
+from flaxgpt.run.folder import load_config
 
 
 @dataclass(frozen=True)
@@ -38,36 +36,14 @@ class TrainArgs:
     config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
 
-def parse(kind: type[T], args: list[str] | None = None, **options: Any) -> T:
-    """An instance of the dataclass `kind` from command-line arguments, by tyro.
-
-    Raises:
-        InputError: in place of tyro's framed messages, their first sentence.
-    """
-    frame = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(frame):
-            return tyro.cli(kind, args=args, **options)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # A title, the message and hints, with rules between: the first rule holds the title, or follows it in plain ASCII.
-        lines = (line.strip(" │") for line in frame.getvalue().splitlines())
-        parts = [
-            list(part) for rule, part in itertools.groupby(lines, lambda line: bool(re.fullmatch(r"[╭─╰-].*[╮─╯-]", line))) if not rule
-        ]
-        framed = frame.getvalue().startswith("╭") or len(parts) < 2
-        message = re.sub(r"^Error parsing \w+(\.\w+)?: ", "", " ".join(parts[0 if framed else 1]))
-        raise InputError(f"{message}; --help lists the options") from None
-
-
 def parse_train(description: str, args: list[str] | None = None, *, preset: str = "tiny", folder: str = "") -> TrainArgs:
     """The arguments of a training script: the preset's config (with --resume, the run folder's) and the flags on top.
 
     Without these flags, the preset is `preset`, and the run folder `folder` and the preset's name, in runs/.
 
     Raises:
-        InputError: an unknown preset or flag, a value that does not fit, or a run folder that can't be resumed.
+        InputError: an unknown preset, or a run folder that can't be resumed.
+        SystemExit: with code 2, an unknown flag or a value that does not fit, which tyro has explained; with 0, after --help.
     """
     args = sys.argv[1:] if args is None else args
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -78,14 +54,9 @@ def parse_train(description: str, args: list[str] | None = None, *, preset: str 
     with contextlib.suppress(argparse.ArgumentError):  # a flag without its value: tyro will say so
         first = peek.parse_known_args(args)[0]
     out_dir = first.out_dir or Path("runs") / f"{folder}{first.preset}"
-    if first.resume:
-        from flaxgpt.run.folder import load_config  # brings in matplotlib, which --help need not wait for
-
-        config = load_config(out_dir)
-    else:
-        config = TrainConfig.preset(first.preset)
+    config = load_config(out_dir) if first.resume else TrainConfig.preset(first.preset)
     default = TrainArgs(preset=first.preset, out_dir=out_dir, config=config)
-    return parse(TrainArgs, args, default=default, description=description)
+    return tyro.cli(TrainArgs, args=args, default=default, description=description)
 
 
 def sample_command(out_dir: Path) -> str:

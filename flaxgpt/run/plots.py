@@ -6,16 +6,18 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from flaxgpt.run.folder import Record
 
 if TYPE_CHECKING:
     from flaxgpt.parity.compare import Row
 
 
-def save_loss_plot(records: list[dict[str, Any]], path: Path, title: str) -> None:
+def save_loss_plot(records: list[Record], path: Path, title: str) -> None:
     """Training and validation loss over updates (below) and tokens seen (above), as a PNG written atomically.
 
     Args:
@@ -39,7 +41,7 @@ def save_loss_plot(records: list[dict[str, Any]], path: Path, title: str) -> Non
     tokens = axes.secondary_xaxis("top", functions=(lambda s: (s + 1) * per_step, lambda t: t / per_step - 1))
     tokens.set_xlabel("tokens seen")
     tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_replay_plot(rows: list[dict[str, float]], path: Path, title: str) -> None:
@@ -106,7 +108,11 @@ def save_parity_plot(panels: Mapping[str, Sequence[tuple[str, Row]]], path: Path
     _save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
     scratch = path.with_name(f".{path.name}.writing")
     figure.savefig(scratch, format="png", dpi=130)
     os.replace(scratch, path)
+
+
+_save = save_figure

@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.data.corpora import Corpus, count_windows, load_corpus
+from flaxgpt.data.corpora import Corpus, load_corpus
 from flaxgpt.data.tokenizer import load_tokenizer
+from flaxgpt.data.windows import split_windows
 from flaxgpt.errors import InputError
-from flaxgpt.run.folder import DATA, TOKENIZER, Run, load_config, read_text
+from flaxgpt.run.folder import DATA, TOKENIZER, load_config, read_text
 
 CHANGEABLE = (
     "max_steps",
@@ -26,24 +27,26 @@ CHANGEABLE = (
 """What `--resume` may change: how long to train and how to look, not what is trained on what."""
 
 
-def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite: bool = False, command: str = "") -> tuple[Run, Corpus]:
+def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite: bool = False) -> tuple[TrainConfig, Corpus]:
     """Load the data, fit the config to it, and check all that can be checked before the run folder is made or touched.
 
     Args:
-        cfg: the run. Its vocabulary becomes the tokenizer's, and what it leaves to be derived (the end of the schedule, the
-            prompt) is written out, so that a resumed run has the same.
+        cfg: the run as it was asked for.
         out_dir: the run folder.
         resume: go on with the run in it.
         overwrite: delete the run in it, once this one begins.
-        command: what the summary names as the way to sample from the run.
+
+    Returns:
+        The run as it is to be made, and its data. The vocabulary is the tokenizer's, and what was left to be derived (the end
+        of the schedule, the prompt) is written out, so that a resumed run has the same.
 
     Raises:
-        InputError: see `check_out_dir`, `load_corpus` and `count_windows`; or the run to resume had another config or other data.
+        InputError: see `check_out_dir`, `load_corpus` and `split_windows`; or the run to resume had another config or other data.
     """
     check_out_dir(out_dir, resume=resume, overwrite=overwrite)
     corpus = load_corpus(cfg.data, cfg.tokenizer, cfg.train_ratio)
-    count_windows(len(corpus.train), cfg, "training")
-    count_windows(len(corpus.val), cfg, "validation")
+    split_windows(corpus.train, cfg, "training")
+    split_windows(corpus.val, cfg, "validation")
     model = cfg.model.replace(vocab_size=corpus.tokenizer.vocab_size)
     cfg = cfg.replace(model=model, decay_steps=cfg.total_decay_steps, prompt=cfg.prompt or _opening_words(corpus))
     corpus.tokenizer.encode(cfg.prompt)
@@ -53,7 +56,7 @@ def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite:
             raise InputError(f"--resume can't change {', '.join(changed)}; start another run with another --out-dir")
         if load_tokenizer(out_dir / TOKENIZER).to_dict() != corpus.tokenizer.to_dict() or read_text(out_dir / DATA) != corpus.fingerprint():
             raise InputError(f"--resume: the text of {cfg.data} is not the one that {out_dir} was trained on")
-    return Run(out_dir, cfg, corpus, resume=resume, command=command), corpus
+    return cfg, corpus
 
 
 def check_out_dir(out_dir: Path, *, resume: bool, overwrite: bool) -> None:

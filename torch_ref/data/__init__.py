@@ -1,1 +1,1 @@
-"""Windows as a torch Dataset, and the loader that shuffles them."""
+"""Windows to the batches of an epoch, in an order drawn from the global generator."""

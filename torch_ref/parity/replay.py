@@ -15,7 +15,7 @@ from torch_ref.generation.generate import generate_text_simple
 from torch_ref.model import init_model
 from torch_ref.optim import make_optimizer
 from torch_ref.parity.torch_side import recorded_masks
-from torch_ref.step import evaluate_model, update
+from torch_ref.step import evaluate_model, train_step
 
 
 def recorded_run(cfg: TrainConfig, corpus: Corpus, dtype: str = "float32") -> tuple[Tensors, Iterator[Update]]:
@@ -42,7 +42,7 @@ def recorded_run(cfg: TrainConfig, corpus: Corpus, dtype: str = "float32") -> tu
         epochs = itertools.chain.from_iterable(train_loader for _ in itertools.count())
         for step, batch in zip(range(cfg.max_steps), epochs, strict=False):
             with recorded_masks(model) as masks:
-                loss, grad_norm = update(model, optimizer, batch, step, cfg)
+                loss, grad_norm = train_step(model, optimizer, batch, step, cfg)
             last = step == cfg.max_steps - 1
             evaluation = sample = None
             if last or step % cfg.eval_every == 0:

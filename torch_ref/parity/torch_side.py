@@ -22,7 +22,7 @@ from torch_ref.generation.sampling import process_logits
 from torch_ref.loss import calc_loss_batch
 from torch_ref.model import GPTModel
 from torch_ref.optim import apply_gradients_, clip_gradients_, make_optimizer
-from torch_ref.step import update
+from torch_ref.step import train_step
 
 Batch = tuple[np.ndarray, np.ndarray]
 
@@ -110,7 +110,7 @@ def train(
         for step, batch in enumerate(batches):
             replaying = recorded_masks(model) if masks is None else replayed_masks(model, masks[step])
             with replaying as kept, _autocast(dtype):  # anew each time: autocast remembers the weights that it has cast
-                values.append(update(model, optimizer, tuple(map(torch.from_numpy, batch)), step, cfg))
+                values.append(train_step(model, optimizer, tuple(map(torch.from_numpy, batch)), step, cfg))
             used.append(kept)
     losses, norms = np.array(values).T
     return {"loss": losses, "grad_norm": norms, **_after(model, optimizer)}, used
