@@ -52,6 +52,11 @@ class Cache(NamedTuple):
         empty_BNSH = jnp.zeros((first_B.shape[0], cfg.n_heads, slots, cfg.emb_dim // cfg.n_heads), cfg.dtype)
         return cls(((empty_BNSH, empty_BNSH),) * cfg.n_layers, first_B, jnp.int32(0))
 
+    @property
+    def slots(self) -> int:
+        """S, the tokens that a row can hold, padding included."""
+        return self.kv[0][0].shape[2]
+
     def layers(self, T: int) -> list[LayerCache]:
         """What each block is given with T more tokens."""
         visible_B1TS = self.visible_BTS(T)[:, None]
@@ -71,6 +76,6 @@ class Cache(NamedTuple):
 
         Padding attends to itself, since a softmax over nothing would be nan, and nan times zero weight is nan as well.
         """
-        slots_S = jnp.arange(self.kv[0][0].shape[2])
+        slots_S = jnp.arange(self.slots)
         own_T1 = (self.filled + jnp.arange(T))[:, None]
         return (slots_S <= own_T1) & (slots_S >= self.first_B[:, None, None]) | (slots_S == own_T1)

@@ -12,7 +12,7 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeAlias, get_args, get_origin, get_type_hints
 
 from flaxgpt.errors import InputError
 from flaxgpt.presets import PRESETS
@@ -269,6 +269,10 @@ class SamplingConfig(_Config):
         return any(penalty is not None for penalty in (self.repetition_penalty, self.presence_penalty, self.frequency_penalty))
 
 
+Setting: TypeAlias = float | tuple[int, ...] | Mapping[int, float] | None
+"""The value of a field of SamplingConfig."""
+
+
 def _is_a(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
@@ -283,3 +287,7 @@ def _describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     return getattr(kind, "__name__", str(kind))
+
+
+GREEDY = SamplingConfig(temperature=0.0)
+"""The likeliest token each time, unchanged otherwise."""

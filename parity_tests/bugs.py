@@ -224,7 +224,7 @@ BUGS = (
         "generation",
         "torch_ref.generation.sampling",
         _ABOVE_TORCH,
-        "torch.where((-logits_BV).argsort().argsort() < config.top_k, logits_BV, -torch.inf)",
+        "torch.where((-logits_BV).argsort().argsort() < sampling.top_k, logits_BV, -torch.inf)",
     ),
     Bug("temperature applied after the mask's threshold", "generation", "flaxgpt.generation.sampling", _TOP_K, _TOP_K_BEFORE),
     Bug(
@@ -232,7 +232,7 @@ BUGS = (
         "generation",
         "torch_ref.generation.sampling",
         "torch.topk(logits_BV,",
-        "torch.topk(logits_BV * config.temperature,",
+        "torch.topk(logits_BV * sampling.temperature,",
     ),
 )
 """Each is planted alone. A bug inside torch.optim has no line here to change, so only flaxgpt has it."""

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sampling import EVERYTHING
 
-from flaxgpt.cache import LayerCache, empty_cache
-from flaxgpt.config import GPTConfig
-from flaxgpt.generation.decode import State, decode, forward, prefill, unstack
+from flaxgpt.cache import Cache
+from flaxgpt.config import GREEDY, GPTConfig, SamplingConfig
+from flaxgpt.generation.decode import State, decode, next_logits, prefill, unstack
 from flaxgpt.generation.generate import Request, complete, generate
 from flaxgpt.generation.sampling import gumbel_noise
-from flaxgpt.model import GPT
+from flaxgpt.model import forward
 from torch_ref.generation import generate as torch_generate
 
 V, C = SMALL.vocab_size, SMALL.context_length
@@ -65,7 +65,7 @@ numbers = st.fixed_dictionaries(
 def test_ragged_rows_with_every_processor_are_the_references(pair, params, lengths, seed, new, numbers):
     prompts = [random_ids(SMALL, (length,), seed + b).tolist() for b, length in enumerate(lengths)]
     options, key = EVERYTHING | numbers, jax.random.key(seed)
-    ours = complete(params, SMALL, prompts, new, key=key, **options).ids_BT
+    ours = complete(params, SMALL, prompts, new, SamplingConfig(**options), key=key).ids_BT
     np.testing.assert_array_equal(ours, reference(pair[0], SMALL, prompts, new, key, use_cache=False, **options))
     np.testing.assert_array_equal(ours, reference(pair[0], SMALL, prompts, new, key, use_cache=True, **options))
 
@@ -76,7 +76,7 @@ def test_other_models_within_and_beyond_the_context(cfg):
     prompts = [random_ids(cfg, (length,), length).tolist() for length in (3, 8, 1)]
     key = jax.random.key(0)
     for options in ({}, {"temperature": 1.0}):
-        ours = complete(params, cfg, prompts, 30, key=key, **options).ids_BT
+        ours = complete(params, cfg, prompts, 30, GREEDY.replace(**options), key=key).ids_BT
         np.testing.assert_array_equal(ours, reference(model, cfg, prompts, 30, key, use_cache=True, **options))
 
 
@@ -91,12 +91,12 @@ def test_prompts_of_any_length_continue_as_the_reference_does(pair, length):
 
 def test_logits_of_the_cached_path_are_those_of_the_full_pass(pair, params):
     tokens = random_ids(SMALL, (2, C))
-    full = GPT(SMALL).apply({"params": pair[1]}, tokens)
+    full = forward(pair[1], SMALL, tokens)
     padded = np.concatenate([np.zeros((2, 3), int), tokens], axis=1)  # three slots of padding, which must change nothing
-    logits, cache = forward(params, SMALL, padded[:, :8], empty_cache(SMALL, jnp.array([3, 3]), C + 3))
+    logits, cache = next_logits(params, SMALL, padded[:, :8], Cache.empty(SMALL, jnp.array([3, 3]), C + 3))
     assert_close("logits, cached against the full pass", logits, full[:, 4], 2e-6, where="prefill")
     for t in range(5, C):
-        logits, cache = forward(params, SMALL, tokens[:, t : t + 1], cache)
+        logits, cache = next_logits(params, SMALL, tokens[:, t : t + 1], cache)
         assert_close("logits, cached against the full pass", logits, full[:, t], 2e-6, where=f"position {t}")
 
 
@@ -105,17 +105,17 @@ def off_by_one(self, T):
 
 
 def padding_in_sight(self, T):
-    return jnp.arange(self.k_ZSH.shape[1]) <= (self.filled - T + jnp.arange(T))[None, :, None]
+    return jnp.arange(self.slots) <= (self.filled + jnp.arange(T))[None, :, None]
 
 
 def own_slot_hidden(self, T):
-    slots_S, own_T1 = jnp.arange(self.k_ZSH.shape[1]), (self.filled - T + jnp.arange(T))[:, None]
+    slots_S, own_T1 = jnp.arange(self.slots), (self.filled + jnp.arange(T))[:, None]
     return (slots_S < own_T1) & (slots_S >= self.first_B[:, None, None]) | (slots_S == self.first_B[:, None, None])
 
 
 @pytest.mark.parametrize(
     ("name", "bug"),
-    [("next_positions_BT", off_by_one), ("visible_BTS", padding_in_sight), ("visible_BTS", own_slot_hidden)],
+    [("positions_BT", off_by_one), ("visible_BTS", padding_in_sight), ("visible_BTS", own_slot_hidden)],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_planted_bug_in_the_cache_is_caught(monkeypatch, name, bug):
@@ -123,19 +123,19 @@ def test_a_planted_bug_in_the_cache_is_caught(monkeypatch, name, bug):
     cfg = SMALL.replace(vocab_size=100 + len(bug.__name__))
     model, params = random_pair(cfg)
     prompts = [random_ids(cfg, (length,), length).tolist() for length in (3, 7)]
-    monkeypatch.setattr(LayerCache, name, bug)
+    monkeypatch.setattr(Cache, name, bug)
     ours = complete(params, cfg, prompts, 9).ids_BT
     assert not np.array_equal(ours, reference(model, cfg, prompts, 9, None, use_cache=False))
 
 
 def test_rows_of_a_batch_decode_as_if_alone(params):
     prompts = [random_ids(SMALL, (length,), length).tolist() for length in (5, 12, 1, 30)]
-    key, options = jax.random.key(0), {"temperature": 1.0, "repetition_penalty": 1.2}
-    together = complete(params, SMALL, prompts, 30, key=key, **options)
+    key, sampling = jax.random.key(0), SamplingConfig(repetition_penalty=1.2)
+    together = complete(params, SMALL, prompts, 30, sampling, key=key)
     for b, prompt in enumerate(prompts):
-        alone = complete(params, SMALL, [prompt], 30, key=jax.random.fold_in(key, b)[None], **options)
+        alone = complete(params, SMALL, [prompt], 30, sampling, key=jax.random.fold_in(key, b)[None])
         np.testing.assert_array_equal(alone.ids_BT[0], together.ids_BT[b])
-    others = complete(params, SMALL, [prompts[0], [1], [2], [3]], 30, key=key, **options)
+    others = complete(params, SMALL, [prompts[0], [1], [2], [3]], 30, sampling, key=key)
     np.testing.assert_array_equal(others.ids_BT[0], together.ids_BT[0])
 
 
@@ -166,7 +166,7 @@ def test_one_compilation_serves_all_prompts_of_a_bucket(params):
 def compiled_decode(cfg, params, length, new):
     request = Request.of(params, cfg, random_ids(cfg, (1, length)), new)
     state = request.prefill()
-    lowered = decode.lower(params, cfg, state, np.int32(new), request.chain, None, request.eos_id, room=request.room)
+    lowered = decode.lower(params, cfg, state, np.int32(new), request.chain, None, request.eos_id)
     return lowered.compile(), state
 
 
@@ -175,7 +175,7 @@ def test_the_cache_is_sized_by_need():
     params = unstack(random_pair(cfg)[1], cfg)
 
     def slots(length, new):
-        return Request.of(params, cfg, random_ids(cfg, (1, length)), new).prefill().cache[0].k_ZSH.shape[1]
+        return Request.of(params, cfg, random_ids(cfg, (1, length)), new).prefill().cache.slots
 
     assert slots(5, 20) == 8 + 64
     assert slots(60, 100) == 64 + 128
@@ -184,8 +184,8 @@ def test_the_cache_is_sized_by_need():
 
 def test_memory_beyond_the_cache_does_not_grow_with_the_number_of_tokens(params):
     (few, small), (many, large) = (compiled_decode(SMALL, params, 5, new) for new in (64, 64_000))
-    assert small.cache[0].k_ZSH.shape == large.cache[0].k_ZSH.shape
-    buffer = large.tokens_BT.nbytes - small.tokens_BT.nbytes  # four bytes a token: the result itself
+    assert small.cache.slots == large.cache.slots
+    buffer = large.new_BT.nbytes - small.new_BT.nbytes  # four bytes a token: the result itself
     grown = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
     assert grown <= 2 * buffer
 
@@ -198,7 +198,7 @@ def test_no_weight_is_copied_converted_or_transposed_while_decoding():
     def made_in_the_loop(params):
         """The primitives whose results have the shape of a weight matrix."""
         request = Request.of(converted, cfg, random_ids(cfg, (1, 5)), 10)
-        jaxpr = str(decode.trace(params, cfg, request.prefill(), np.int32(10), request.chain, None, request.eos_id, room=64).jaxpr)
+        jaxpr = str(decode.trace(params, cfg, request.prefill(), np.int32(10), request.chain, None, request.eos_id).jaxpr)
         D, F = cfg.emb_dim, 4 * cfg.emb_dim
         return set(re.findall(rf":\w+\[(?:{D},{D}|{D},{F}|{F},{D}|{V},{D}|{D},{V})\] = (\w+)", jaxpr))
 
@@ -239,7 +239,7 @@ def test_samples_of_one_prompt_share_its_prefill_and_differ(params):
     np.testing.assert_array_equal(many, generate(params, SMALL, repeated, 12, temperature=1.0, key=key))
     assert len({tuple(row) for row in many}) == 6
     request = Request.of(params, SMALL, prompts, 12, num_samples=3)
-    text = str(prefill.trace(*prefill_arguments(request), slots=72, room=64, num_samples=3).jaxpr)
+    text = str(prefill.trace(*prefill_arguments(request), room=64, num_samples=3).jaxpr)
     assert f"f32[2,8,{SMALL.emb_dim}]" in text
     assert f"f32[6,8,{SMALL.emb_dim}]" not in text, "the prompt is read once for all its samples"
 
@@ -251,11 +251,11 @@ def prefill_arguments(request):
 
 def test_log_probabilities_are_the_models_own(pair, params):
     prompt = random_ids(SMALL, (2, 5))
-    options = {"temperature": 0.7, "top_k": 20, "key": jax.random.key(0)}
-    done = complete(params, SMALL, prompt, 11, top_log_probs=4, **options)
-    np.testing.assert_array_equal(done.ids_BT, generate(params, SMALL, prompt, 11, **options)[:, 5:])
+    key = jax.random.key(0)
+    done = complete(params, SMALL, prompt, 11, SamplingConfig(temperature=0.7, top_k=20), key=key, top_log_probs=4)
+    np.testing.assert_array_equal(done.ids_BT, generate(params, SMALL, prompt, 11, temperature=0.7, top_k=20, key=key)[:, 5:])
     whole = np.concatenate([prompt, done.ids_BT], axis=1)
-    expected = jax.nn.log_softmax(GPT(SMALL).apply({"params": pair[1]}, whole[:, :-1]))[:, 4:]
+    expected = jax.nn.log_softmax(forward(pair[1], SMALL, whole[:, :-1]))[:, 4:]
     chosen = np.take_along_axis(np.asarray(expected), done.ids_BT[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(done.log_probs_BT, chosen, rtol=1e-5)
     top, ids = jax.lax.top_k(expected, 4)
@@ -274,6 +274,15 @@ def test_the_same_key_gives_the_same_text_and_another_key_another(params):
     assert not np.array_equal(text(0), text(1))
 
 
+def test_settings_are_one_value_or_keywords_or_both(params):
+    prompt, key = random_ids(SMALL, (2, 5)), jax.random.key(0)
+    expected = generate(params, SMALL, prompt, 20, SamplingConfig(temperature=0.7, top_k=20), key=key)
+    np.testing.assert_array_equal(generate(params, SMALL, prompt, 20, temperature=0.7, top_k=20, key=key), expected)
+    np.testing.assert_array_equal(
+        generate(params, SMALL, prompt, 20, sampling=SamplingConfig(temperature=0.7), top_k=20, key=key), expected
+    )
+
+
 def test_no_new_tokens_gives_the_prompt_back(params):
     prompt = random_ids(SMALL, (2, 5))
     np.testing.assert_array_equal(generate(params, SMALL, prompt, 0), prompt)
@@ -287,8 +296,8 @@ def test_bfloat16_weights_are_converted_once_and_change_no_logit():
     assert converted["trf_blocks"][1]["ff"]["layers_0"]["kernel"].dtype == jnp.bfloat16
     assert converted["final_norm"]["scale"].dtype == jnp.float32
     tokens = random_ids(cfg, (2, 9))
-    full = GPT(cfg).apply({"params": params}, tokens)[:, -1]
-    logits, _ = forward(converted, cfg, tokens, empty_cache(cfg, jnp.zeros(2, jnp.int32), 9))
+    full = forward(params, cfg, tokens)[:, -1]
+    logits, _ = next_logits(converted, cfg, tokens, Cache.empty(cfg, jnp.zeros(2, jnp.int32), 9))
     # Both round to eight bits after each operation, in the order that suits the compiler.
     assert_close("logits in bfloat16, cached against the full pass", logits, full, 2e-2)
     assert generate(params, cfg, tokens, 20).shape == (2, 29)
@@ -308,25 +317,30 @@ def test_bfloat16_weights_are_converted_once_and_change_no_logit():
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"max_new_tokens": 2**31}, "max_new_tokens"),
         ({"num_samples": 0}, "num_samples"),
-        ({"top_log_probs": 98}, "top_log_probs"),
-        ({"prompt_ids": [[1, 97]]}, "prompt_ids"),
-        ({"prompt_ids": [[-1]]}, "prompt_ids"),
-        ({"prompt_ids": [[]]}, "prompt_ids"),
-        ({"prompt_ids": []}, "prompt_ids"),
-        ({"prompt_ids": [1, 2]}, "prompt_ids"),
-        ({"prompt_ids": 5}, "prompt_ids"),
-        ({"prompt_ids": [[0.5]]}, "prompt_ids"),
+        ({"prompts": [[1, 97]]}, "prompts"),
+        ({"prompts": [[-1]]}, "prompts"),
+        ({"prompts": [[]]}, "prompts"),
+        ({"prompts": []}, "prompts"),
+        ({"prompts": [1, 2]}, "prompts"),
+        ({"prompts": 5}, "prompts"),
+        ({"prompts": [[0.5]]}, "prompts"),
         ({"prompt_mask": [[1, 0]]}, "prompt_mask"),
         ({"prompt_mask": [[1, 1, 1]]}, "prompt_mask"),
     ],
     ids=str,
 )
 def test_bad_arguments_are_refused_by_name(pair, options, named):
-    arguments = {"prompt_ids": [[1, 2]], "max_new_tokens": 3, "key": jax.random.key(0), **options}
+    arguments = {"prompts": [[1, 2]], "max_new_tokens": 3, "key": jax.random.key(0), **options}
     with pytest.raises(ValueError, match=named):
         generate(pair[1], SMALL, **arguments)
 
 
+@pytest.mark.parametrize("top_log_probs", [-1, 98])
+def test_a_number_of_log_probabilities_outside_the_vocabulary_is_refused(params, top_log_probs):
+    with pytest.raises(ValueError, match=f"top_log_probs={top_log_probs}: expected 0 to the vocabulary's 97"):
+        complete(params, SMALL, [[1, 2]], 3, top_log_probs=top_log_probs)
+
+
 def test_more_tokens_than_the_cache_holds_are_refused(params):
     with pytest.raises(ValueError, match="9 tokens do not fit in a cache of 8"):
-        forward(params, SMALL, np.zeros((1, 9), int), empty_cache(SMALL, jnp.zeros(1, jnp.int32), 8))
+        next_logits(params, SMALL, np.zeros((1, 9), int), Cache.empty(SMALL, jnp.zeros(1, jnp.int32), 8))

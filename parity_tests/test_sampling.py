@@ -8,7 +8,7 @@ from scipy import stats
 from flaxgpt.config import SamplingConfig
 from flaxgpt.generation import processors
 from flaxgpt.generation.processors import keep_min_p, keep_top_k, keep_top_p
-from flaxgpt.generation.sampling import Chain, Seen, gumbel_noise, sample
+from flaxgpt.generation.sampling import Chain, Seen, choose, gumbel_noise, row_keys
 from torch_ref.generation.sampling import process_logits
 
 # The toy vocabulary: closer every effort forward inches moves pizza toward you.
@@ -24,6 +24,13 @@ EVERYTHING = {
     "top_p": 0.9,
     "min_p": 0.02,
 }
+
+
+def sample(logits_BV, key, temperature=1.0, *, functions=(), **settings):
+    """One token id for each row, as `generate` chooses its first new token."""
+    sampling = SamplingConfig(temperature=temperature, **settings)
+    sampling.check_vocabulary(logits_BV.shape[-1])
+    return choose(Chain.of(sampling, functions)(jnp.asarray(logits_BV)), row_keys(sampling, key, len(logits_BV)), t=0)
 
 
 def test_greedy_takes_the_likeliest_of_the_toy_vocabulary():
@@ -237,7 +244,6 @@ def test_the_noise_is_what_categorical_adds():
         ({"min_p": -0.1}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"presence_penalty": float("inf")}, "presence_penalty"),
-        ({"frequency_penalty": 1.0}, "seen"),
         ({"logit_bias": {9: 1.0}}, "logit_bias"),
         ({"logit_bias": {0: float("-inf")}}, "logit_bias"),
         ({"banned": (-1,)}, "banned"),

@@ -6,6 +6,7 @@ from conftest import SMALL, random_pair
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flaxgpt.config import GREEDY, SamplingConfig
 from flaxgpt.data.tokenizer import CharTokenizer, GPT2Tokenizer
 from flaxgpt.generation.decode import unstack
 from flaxgpt.generation.text import Reader, complete_text, stream
@@ -35,7 +36,7 @@ def test_pieces_are_whole_characters_and_end_before_the_stop_string(text, stop):
         reader, ids = Reader(Bytes(), [stop]), list(whole.encode())
         pieces = [reader.read(ids[: n + 1]) for n in range(len(ids))]
         assert "".join(pieces) + reader.rest() == whole.split(stop)[0]
-        assert reader.finish == ("stop" if stop in whole else "length")
+        assert reader.stopped == (stop in whole)
 
 
 def test_a_character_waits_for_its_last_byte_and_a_stop_string_for_its_end():
@@ -51,7 +52,7 @@ def test_a_character_waits_for_its_last_byte_and_a_stop_string_for_its_end():
 def test_tokens_after_the_one_that_completes_a_stop_string_are_not_read():
     reader = Reader(Bytes(), ["ab", "zz"])
     assert reader.read(list(b"xyzabc")) == "xyz"
-    assert (reader.n_read, reader.finish, reader.rest()) == (5, "stop", "")
+    assert (reader.n_read, reader.stopped, reader.rest()) == (5, True, "")
 
 
 def test_gpt2_tokens_that_split_a_character_are_joined():
@@ -62,9 +63,9 @@ def test_gpt2_tokens_that_split_a_character_are_joined():
     assert "".join(reader.read(ids[: n + 1]) for n in range(len(ids))) == "naïve 日本 🙂"
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=["greedy", "drawn"])
-def test_a_stream_is_the_text_that_comes_at_once(model, options):
-    options |= {"key": jax.random.key(1)}
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig()], ids=["greedy", "drawn"])
+def test_a_stream_is_the_text_that_comes_at_once(model, sampling):
+    options = {"sampling": sampling, "key": jax.random.key(1)}
     (whole,) = complete_text(*model, ["To be"], 40, **options)
     assert (len(whole.ids), whole.finish, whole.text) == (40, "length", CHARS.decode(whole.ids))
     pieces = stream(*model, "To be", 40, **options)

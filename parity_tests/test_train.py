@@ -10,7 +10,7 @@ from conftest import SMALL, assert_close, random_ids, random_pair
 from flaxgpt.checkpoint import load_run
 from flaxgpt.config import TrainConfig
 from flaxgpt.data.loader import train_batches
-from flaxgpt.model import GPT
+from flaxgpt.model import forward
 from flaxgpt.optim import make_optimizer
 from flaxgpt.run.folder import COLUMNS, read_metrics
 from flaxgpt.run.log import RunLog
@@ -166,9 +166,9 @@ def test_accumulated_microbatches_give_the_whole_batch_s_update():
     tx = make_optimizer(cfg)
     state = init_state(cfg, tx)
     batch = (random_ids(SMALL, (8, 16)), random_ids(SMALL, (8, 16), seed=1))
-    whole, metrics = jax.jit(make_train_step(GPT(SMALL), tx))(state, batch)
+    whole, metrics = jax.jit(make_train_step(SMALL, tx))(state, batch)
     for parts in (2, 8):
-        state_parts, metrics_parts = jax.jit(make_train_step(GPT(SMALL), tx, parts))(state, batch)
+        state_parts, metrics_parts = jax.jit(make_train_step(SMALL, tx, parts))(state, batch)
         assert float(metrics_parts["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
         assert float(metrics_parts["grad_norm"]) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
         moments, moments_parts = (jax.tree.leaves(s.opt_state) for s in (whole, state_parts))
@@ -182,7 +182,7 @@ def test_a_step_is_pure_and_its_randomness_is_that_of_the_step():
     tx = make_optimizer(cfg)
     state = init_state(cfg, tx)
     batch = (random_ids(SMALL, (4, 16)), random_ids(SMALL, (4, 16), seed=1))
-    step = jax.jit(make_train_step(GPT(model), tx))
+    step = jax.jit(make_train_step(model, tx))
     (one, metrics), (two, _) = step(state, batch), step(state, batch)
     assert_equal_bits(one, two)
     assert int(state.step) == 0
@@ -194,7 +194,7 @@ def test_a_step_is_pure_and_its_randomness_is_that_of_the_step():
 def test_a_train_step_compiles_once(config):
     cfg = config.replace(model=SMALL)
     tx = make_optimizer(cfg)
-    step = jax.jit(make_train_step(GPT(SMALL), tx), donate_argnums=0)
+    step = jax.jit(make_train_step(SMALL, tx), donate_argnums=0)
     state = init_state(cfg, tx)
     batches = train_batches(np.arange(1000, dtype=np.uint16) % 97, cfg)
     for i in range(4):
@@ -218,7 +218,7 @@ def test_the_reference_trains_the_same_run_and_its_weights_load_here(config, tmp
     with torch.no_grad():
         assert_close(
             "logits, weights saved by torch_ref",
-            GPT(cfg.model).apply({"params": params}, tokens),
+            forward(params, cfg.model, tokens),
             model.eval()(torch.from_numpy(tokens)),
             2e-6,
         )

@@ -16,13 +16,17 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.errors import InputError
 from flaxgpt.run.cli import one_line_errors
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def generate(args: BenchmarkArgs, cfg: GPTConfig) -> None:
         report(f"batch {batch}, {args.dtype}", "tokens/s", {name: tokens / s for name, s in medians(calls, args.rounds).items()})
 
 
-def flaxgpt_generate(cfg: GPTConfig) -> Callable[[Any, int], Any]:
+def flaxgpt_generate(cfg: GPTConfig) -> Callable[[np.ndarray, int], np.ndarray]:
     """(prompt_BT, new tokens) -> ids."""
     import jax
 
@@ -84,7 +88,7 @@ def flaxgpt_generate(cfg: GPTConfig) -> Callable[[Any, int], Any]:
     return lambda prompt_BT, new_tokens: generate(params, cfg, prompt_BT, new_tokens)
 
 
-def hugging_face_generate(cfg: GPTConfig) -> Callable[[Any, int], Any]:
+def hugging_face_generate(cfg: GPTConfig) -> Callable[[np.ndarray, int], torch.Tensor]:
     """(prompt_BT, new tokens) -> ids, by GPT2LMHeadModel of the same shape."""
     try:
         import torch
@@ -98,14 +102,14 @@ def hugging_face_generate(cfg: GPTConfig) -> Callable[[Any, int], Any]:
     )
     model = GPT2LMHeadModel(config).eval().to(getattr(torch, cfg.dtype))
 
-    def generate(prompt_BT: Any, new_tokens: int) -> Any:
+    def generate(prompt_BT: np.ndarray, new_tokens: int) -> torch.Tensor:
         ids = torch.from_numpy(prompt_BT)
         return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True)
 
     return generate
 
 
-def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median seconds of each call, after one that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():

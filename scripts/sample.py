@@ -17,16 +17,20 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import tyro
 
 from flaxgpt.config import SamplingConfig
 from flaxgpt.errors import InputError
 from flaxgpt.run.cli import one_line_errors
+
+if TYPE_CHECKING:
+    from flaxgpt.data.tokenizer import Tokenizer
+    from flaxgpt.generation.text import Text
 
 
 @dataclass(frozen=True)
@@ -81,21 +85,30 @@ def main() -> None:
 
     from flaxgpt.checkpoint import load_run
     from flaxgpt.generation.decode import unstack
+    from flaxgpt.generation.text import complete_text, stream
 
     params, cfg, tokenizer = load_run(args.checkpoint)
-    model = (unstack(params, cfg.model), cfg.model, tokenizer)
-    options = dataclasses.asdict(args.sampling) | {"stop": args.stop, "eos_id": args.eos_id}
+    params = unstack(params, cfg.model)
+    options = {"sampling": args.sampling, "stop": args.stop, "eos_id": args.eos_id}
+
+    def continued(prompt: str, seed: int) -> Generator[str, None, Text]:
+        return stream(params, cfg.model, tokenizer, prompt, args.max_new_tokens, key=jax.random.key(seed), **options)
+
     if args.interactive:
         for i, line in enumerate(typed_lines(tokenizer)):
-            write_stream(model, line, args.max_new_tokens, seed=(seed + i) % 2**32, options=options)
+            line_seed = (seed + i) % 2**32
+            write_stream(line, continued(line, line_seed), line_seed)
         return
     prompts = prompts or [cfg.prompt or ""]
     if args.stream:
         if len(prompts) > 1:
             raise InputError(f"{args.prompts} has {len(prompts)} prompts: one text can be streamed at a time")
-        write_stream(model, prompts[0], args.max_new_tokens, seed=seed, options=options)
+        write_stream(prompts[0], continued(prompts[0], seed), seed)
     else:
-        write_all(model, prompts, args, seed, options | {"num_samples": args.num_samples, "key": jax.random.key(seed)})
+        options |= {"num_samples": args.num_samples, "top_log_probs": args.top_log_probs if args.json else None}
+        started = time.perf_counter()
+        texts = complete_text(params, cfg.model, tokenizer, prompts, args.max_new_tokens, key=jax.random.key(seed), **options)
+        write_all(texts, args, seed, time.perf_counter() - started)
     if (longest := max(len(tokenizer.encode(prompt)) for prompt in prompts)) > cfg.model.context_length:
         print(f"the prompt has {longest} tokens; the model saw the last {cfg.model.context_length}", file=sys.stderr)
 
@@ -132,7 +145,7 @@ def read_file(path: Path, flag: str) -> str:
         raise InputError(f"{flag}: can't read {path} ({error.strerror})") from None
 
 
-def typed_lines(tokenizer: Any) -> Iterator[str]:
+def typed_lines(tokenizer: Tokenizer) -> Iterator[str]:
     """Lines from the keyboard (or a pipe), until its end; those that are empty or can't be encoded are asked for again."""
     while True:
         try:
@@ -148,14 +161,9 @@ def typed_lines(tokenizer: Any) -> Iterator[str]:
             print(f"error: {error}", file=sys.stderr)
 
 
-def write_stream(model: tuple[Any, ...], prompt: str, max_new_tokens: int, *, seed: int, options: dict[str, Any]) -> None:
+def write_stream(prompt: str, pieces: Generator[str, None, Text], seed: int) -> None:
     """Write one continuation as it comes. Ctrl-C ends it after what was written."""
-    import jax
-
-    from flaxgpt.generation.text import stream
-
     started = time.perf_counter()
-    pieces = stream(*model, prompt, max_new_tokens, key=jax.random.key(seed), **options)
     print(f"seed {seed}", file=sys.stderr, flush=True)
     print(prompt, end="", flush=True)
     try:
@@ -168,13 +176,8 @@ def write_stream(model: tuple[Any, ...], prompt: str, max_new_tokens: int, *, se
     report_speed(n_tokens, time.perf_counter() - started)
 
 
-def write_all(model: tuple[Any, ...], prompts: list[str], args: SampleArgs, seed: int, options: dict[str, Any]) -> None:
-    """Write all continuations, once all are done."""
-    from flaxgpt.generation.text import complete_text
-
-    started = time.perf_counter()
-    texts = complete_text(*model, prompts, args.max_new_tokens, top_log_probs=args.top_log_probs if args.json else None, **options)
-    seconds = time.perf_counter() - started
+def write_all(texts: list[Text], args: SampleArgs, seed: int, seconds: float) -> None:
+    """Write all continuations, which took so many seconds."""
     n_tokens = sum(len(text.ids) for text in texts)
     for i, text in enumerate(texts):
         sample = i % args.num_samples + 1
@@ -182,7 +185,7 @@ def write_all(model: tuple[Any, ...], prompts: list[str], args: SampleArgs, seed
             timing = {"seconds": seconds, "tokens_per_second": n_tokens / seconds}
             print(json.dumps(dataclasses.asdict(text) | {"sample": sample, "seed": seed} | timing, ensure_ascii=False))
             continue
-        if len(prompts) > 1:
+        if len(texts) > args.num_samples:
             print(f"--- prompt {i // args.num_samples + 1}, sample {sample} ---")
         elif args.num_samples > 1:
             print(f"--- sample {sample} ---")
@@ -192,7 +195,7 @@ def write_all(model: tuple[Any, ...], prompts: list[str], args: SampleArgs, seed
 
 
 def report_speed(n_tokens: int, seconds: float) -> None:
-    """Tell how fast it was."""
+    """Print how fast it was."""
     print(f"{n_tokens / seconds:,.0f} tokens/s, compilation included", file=sys.stderr)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from flaxgpt.cache import Cache
 from flaxgpt.config import GPTConfig
@@ -26,13 +27,18 @@ class Scores(NamedTuple):
 class State(NamedTuple):
     """All that changes while text is generated. Rows end at the same column, so they begin at different ones."""
 
-    tokens_BT: jax.Array  # padding, prompt, new tokens, room for more
+    prompt_BT: jax.Array  # with padding before it; this alone stays as it is
+    new_BT: jax.Array  # the new tokens and the room for more, which holds the end token
     t: jax.Array  # new tokens so far
     ended_B: jax.Array
     lengths_B: jax.Array  # new tokens of each row, the end token included
     cache: Cache
     seen: Seen | None  # if a penalty is on
     scores: Scores | None  # if they were asked for
+
+    def end(self, rows_B: ArrayLike) -> State:
+        """The state in which these rows have ended as well: they get no more tokens."""
+        return self._replace(ended_B=self.ended_B | rows_B)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
@@ -69,9 +75,9 @@ def next_logits(params: Params, cfg: GPTConfig, tokens_BT: jax.Array, cache: Cac
     return model.apply({"params": outside}, x_BTD, method="last_logits"), cache.extended(layers)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "slots", "room", "num_samples", "alternatives"))
+@functools.partial(jax.jit, static_argnames=("cfg", "room", "num_samples", "top_log_probs"))
 def prefill(
-    params: Any,
+    params: Params,
     cfg: GPTConfig,
     prompt_BT: jax.Array,
     first_B: jax.Array,
@@ -80,10 +86,9 @@ def prefill(
     eos_id: jax.Array,
     prompt_seen_BV: jax.Array | None,
     *,
-    slots: int,
     room: int,
     num_samples: int = 1,
-    alternatives: int | None = None,
+    top_log_probs: int | None = None,
 ) -> State:
     """Read the prompts in one pass, and choose the first new token of each row.
 
@@ -96,40 +101,39 @@ def prefill(
         keys_B: a key for each row of the result; None is greedy.
         eos_id: the token that ends a row, or -1.
         prompt_seen_BV: which tokens occur in each prompt, if a penalty is on.
-        slots: tokens that the cache can hold.
-        room: tokens that can be added.
+        room: columns for new tokens.
         num_samples: rows made of each prompt, next to each other.
-        alternatives: log-probabilities to keep for each token besides its own; None: not even that.
+        top_log_probs: log-probabilities to keep for each token besides its own; None: not even that.
     """
-    B = prompt_BT.shape[0] * num_samples
+    slots = prompt_BT.shape[1] + min(room, cfg.context_length)  # the cache is of no use past the context
     logits_BV, cache = next_logits(params, cfg, prompt_BT, Cache.empty(cfg, first_B, slots))
     if num_samples > 1:
         rows = logits_BV, cache, prompt_BT, prompt_seen_BV
         logits_BV, cache, prompt_BT, prompt_seen_BV = _repeat_rows(rows, len(first_B), num_samples)
+    B = prompt_BT.shape[0]
     counts_BV = None if prompt_seen_BV is None else jnp.zeros(prompt_seen_BV.shape, jnp.int32)
     state = State(
-        tokens_BT=jnp.pad(prompt_BT, ((0, 0), (0, room))),
+        prompt_BT=prompt_BT,
+        new_BT=jnp.full((B, room), jnp.maximum(eos_id, 0)),
         t=jnp.int32(0),
         ended_B=jnp.zeros(B, bool),
         lengths_B=jnp.zeros(B, jnp.int32),
         cache=cache,
         seen=None if prompt_seen_BV is None else Seen(prompt_seen_BV, counts_BV),
-        scores=None if alternatives is None else _no_scores(B, room, alternatives),
+        scores=None if top_log_probs is None else _no_scores(B, room, top_log_probs),
     )
-    return _add_token(state, logits_BV, room, chain, keys_B, eos_id)
+    return _add_token(state, logits_BV, chain, keys_B, eos_id)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "room"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="cfg", donate_argnames="state")
 def decode(
-    params: Any,
+    params: Params,
     cfg: GPTConfig,
     state: State,
     until: jax.Array,
     chain: Chain,
     keys_B: jax.Array | None,
     eos_id: jax.Array,
-    *,
-    room: int,
 ) -> State:
     """Add tokens until there are `until` new ones or every row has ended: a loop on the device.
 
@@ -137,34 +141,34 @@ def decode(
     slides: every token's position changes at every step, and with it every key and value, so a token costs a pass over
     the window, and the cache is left as it is. Arguments are those of `prefill`.
     """
-    C, width = cfg.context_length, state.tokens_BT.shape[1]
-    start, first_B = width - room, state.cache.first_B
-    longest = start - first_B.min()
+    C, T, first_B = cfg.context_length, state.prompt_BT.shape[1], state.cache.first_B
 
     def unfinished(until: jax.Array, state: State) -> jax.Array:
         return (state.t < until) & ~state.ended_B.all()
 
     def cached(state: State) -> State:
-        newest_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BT, start + state.t - 1, 1, axis=1)
+        newest_B1 = jax.lax.dynamic_slice_in_dim(state.new_BT, state.t - 1, 1, axis=1)
         logits_BV, cache = next_logits(params, cfg, newest_B1, state.cache)
-        return _add_token(state._replace(cache=cache), logits_BV, room, chain, keys_B, eos_id)
+        return _add_token(state._replace(cache=cache), logits_BV, chain, keys_B, eos_id)
 
     def windowed(state: State) -> State:
-        left = start + state.t - C
-        window_BT = jax.lax.dynamic_slice_in_dim(state.tokens_BT, left, C, axis=1)
+        left = T + state.t - C
+        tokens_BT = jnp.concatenate([state.prompt_BT, state.new_BT], axis=1)
+        window_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, left, C, axis=1)
         scratch = Cache.empty(cfg, jnp.maximum(first_B - left, 0), C)
         logits_BV, _ = next_logits(params, cfg, window_BT, scratch)
-        return _add_token(state, logits_BV, room, chain, keys_B, eos_id)
+        return _add_token(state, logits_BV, chain, keys_B, eos_id)
 
     # Token number t is chosen by its row's prompt and t new tokens.
+    longest = T - first_B.min()
     within = jnp.minimum(until, C - longest + 1)
     state = jax.lax.while_loop(functools.partial(unfinished, within), cached, state)
-    if width > C:
+    if T + state.new_BT.shape[1] > C:
         state = jax.lax.while_loop(functools.partial(unfinished, until), windowed, state)
     return state
 
 
-def _add_token(state: State, logits_BV: jax.Array, room: int, chain: Chain, keys_B: jax.Array | None, eos_id: jax.Array) -> State:
+def _add_token(state: State, logits_BV: jax.Array, chain: Chain, keys_B: jax.Array | None, eos_id: jax.Array) -> State:
     """Choose a token for each row and write it down; a row that has ended gets the end token again."""
     B = logits_BV.shape[0]
     ids_B = choose(chain(logits_BV, state.seen), keys_B, state.t)
@@ -177,13 +181,11 @@ def _add_token(state: State, logits_BV: jax.Array, room: int, chain: Chain, keys
         top_BK, top_ids_BK = jax.lax.top_k(log_probs_BV, scores.top_ids_BTK.shape[-1])
         new = Scores(jnp.take_along_axis(log_probs_BV, ids_B[:, None], axis=1)[:, 0], top_ids_BK, top_BK)
         scores = jax.tree.map(lambda old, new: old.at[:, state.t].set(new.astype(old.dtype)), scores, new)
-    start = state.tokens_BT.shape[1] - room
-    return State(
-        tokens_BT=state.tokens_BT.at[:, start + state.t].set(ids_B),
+    return state._replace(
+        new_BT=state.new_BT.at[:, state.t].set(ids_B),
         t=state.t + 1,
         ended_B=state.ended_B | (ids_B == eos_id),
         lengths_B=state.lengths_B + ~state.ended_B,
-        cache=state.cache,
         seen=seen,
         scores=scores,
     )
@@ -194,6 +196,6 @@ def _repeat_rows(tree: Any, B: int, times: int) -> Any:
     return jax.tree.map(lambda x: jnp.repeat(x.reshape(B, -1), times, axis=0).reshape(-1, *x.shape[1:]) if x.ndim else x, tree)
 
 
-def _no_scores(B: int, room: int, alternatives: int) -> Scores:
-    shape_BTK = (B, room, alternatives)
+def _no_scores(B: int, room: int, top_log_probs: int) -> Scores:
+    shape_BTK = (B, room, top_log_probs)
     return Scores(jnp.zeros((B, room)), jnp.zeros(shape_BTK, jnp.int32), jnp.zeros(shape_BTK))

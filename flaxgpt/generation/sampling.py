@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from flaxgpt.config import SamplingConfig
 from flaxgpt.errors import InputError
@@ -24,37 +25,6 @@ class Seen(NamedTuple):
 
     prompt_BV: jax.Array  # bool: occurs in the prompt
     counts_BV: jax.Array  # int32: how often in the new text
-
-
-def sample(
-    logits_BV: jax.Array,
-    key: jax.Array | None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    *,
-    seen: Seen | None = None,
-    functions: tuple[Function, ...] = (),
-    **settings: Any,
-) -> jax.Array:
-    """Choose one token id for each row: int32 ids_B.
-
-    Args:
-        logits_BV: any float dtype.
-        key: a typed PRNG key, row b draws with fold_in(key, b); or an array of B keys, one for each. None at temperature 0.
-        temperature: divides the logits; 0 takes the likeliest token (the first of equal ones).
-        top_k: draw among the k largest logits, and those equal to the k-th; more than V means all.
-        seen: what was written so far, needed by the penalties.
-        functions: called on the logits after everything else, in this order.
-        **settings: the other fields of SamplingConfig.
-
-    Raises:
-        InputError: a setting makes no sense, there is no key to draw with, or a penalty but nothing seen.
-    """
-    config = SamplingConfig(temperature=temperature, top_k=top_k, **settings)
-    config.check_vocabulary(logits_BV.shape[-1])
-    if config.penalises and seen is None:
-        raise InputError("penalties depend on what was written: pass seen=Seen(prompt_BV, counts_BV)")
-    return choose(Chain.of(config, functions)(logits_BV, seen), row_keys(config, key, logits_BV.shape[0]))
 
 
 @functools.partial(jax.jit, static_argnames="shape_BV")
@@ -72,32 +42,31 @@ def gumbel_noise(key: jax.Array, t: int | jax.Array, shape_BV: tuple[int, int]) 
 class Chain:
     """Settings as one function (logits, seen) -> logits. Its numbers can change without compiling anew."""
 
-    numbers: dict[str, Any]  # only what is switched on
+    numbers: dict[str, ArrayLike | tuple[ArrayLike, ArrayLike]]  # only what is switched on
     top_k: int | None
     functions: tuple[Function, ...]
 
     @classmethod
-    def of(cls, config: SamplingConfig, functions: tuple[Function, ...] = ()) -> Chain:
+    def of(cls, sampling: SamplingConfig, functions: Sequence[Function] = ()) -> Chain:
         """The chain that these settings describe. Greedy choice needs nothing that only takes unlikely tokens away."""
         names = "repetition_penalty", "presence_penalty", "frequency_penalty"
-        drawing = config.temperature > 0
+        drawing = sampling.temperature > 0
         if drawing:
             names += "temperature", "top_p", "min_p"
-        numbers = {name: np.float32(value) for name in names if (value := getattr(config, name)) is not None}
-        if config.top_p == 1:  # keeps everything, but for rounding
+        numbers = {name: np.float32(value) for name in names if (value := getattr(sampling, name)) is not None}
+        if sampling.top_p == 1:  # keeps everything, but for rounding
             numbers.pop("top_p", None)
-        if config.logit_bias:
-            bias = config.logit_bias
-            numbers["bias"] = np.fromiter(bias.keys(), np.int32), np.fromiter(bias.values(), np.float32)
-        if config.banned:
-            numbers["banned"] = np.asarray(config.banned, np.int32)
-        return cls(numbers, config.top_k if drawing else None, tuple(functions))
+        if bias := sampling.logit_bias:
+            numbers["logit_bias"] = np.fromiter(bias.keys(), np.int32), np.fromiter(bias.values(), np.float32)
+        if sampling.banned:
+            numbers["banned"] = np.asarray(sampling.banned, np.int32)
+        return cls(numbers, sampling.top_k if drawing else None, tuple(functions))
 
     def __call__(self, logits_BV: jax.Array, seen: Seen | None = None) -> jax.Array:
         """The float32 logits to choose by, in the order of Hugging Face's `generate`."""
         logits_BV, numbers = logits_BV.astype(jnp.float32), self.numbers
-        if "bias" in numbers:
-            logits_BV = processors.add_bias(logits_BV, *numbers["bias"])
+        if "logit_bias" in numbers:
+            logits_BV = processors.add_bias(logits_BV, *numbers["logit_bias"])
         if "repetition_penalty" in numbers:
             logits_BV = processors.penalise_repetition(logits_BV, seen.prompt_BV | (seen.counts_BV > 0), numbers["repetition_penalty"])
         if "presence_penalty" in numbers:
@@ -119,26 +88,26 @@ class Chain:
         return logits_BV
 
 
-def row_keys(config: SamplingConfig, key: jax.Array | None, B: int) -> jax.Array | None:
+def row_keys(sampling: SamplingConfig, key: jax.Array | None, B: int) -> jax.Array | None:
     """A key for each of B rows, or None for greedy choice.
 
     Raises:
         InputError: there is no key to draw with, or not one for each row.
     """
-    if config.temperature == 0:
+    if sampling.temperature == 0:
         return None
     if key is None:
-        raise InputError(f"temperature={config.temperature} draws at random: pass a key, or temperature 0 for greedy decoding")
+        raise InputError(f"temperature={sampling.temperature} draws at random: pass a key, or temperature 0 for greedy decoding")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (B,)):
         raise InputError(f"key is {key.dtype}{list(key.shape)}: expected one typed key (jax.random.key), or {B}, one for each row")
     return _keys_of_rows(key, B)
 
 
-def choose(logits_BV: jax.Array, keys_B: jax.Array | None, t: int | jax.Array | None = None) -> jax.Array:
-    """Token ids from processed logits: the likeliest without keys, else a draw, of new token number t if there are many."""
+def choose(logits_BV: jax.Array, keys_B: jax.Array | None, t: int | jax.Array) -> jax.Array:
+    """Token ids from processed logits, for new token number t (from 0): the likeliest without keys, else a draw."""
     if keys_B is None:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys_B if t is None else _token_keys(keys_B, t), logits_BV).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(_token_keys(keys_B, t), logits_BV).astype(jnp.int32)
 
 
 def _keys_of_rows(key: jax.Array, B: int) -> jax.Array:

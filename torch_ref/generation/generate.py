@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numpy as np
 import torch
 
-from flaxgpt.config import SamplingConfig
-from torch_ref.generation.sampling import process_logits
+from flaxgpt.config import SamplingConfig, Setting
+from torch_ref.generation.sampling import Noise, choose, process_logits
 from torch_ref.model import GPTModel
 
 
@@ -32,9 +28,9 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     eos_id: int | None = None,
-    noise: Callable[[int], Any] | None = None,
+    noise: Noise | None = None,
     use_cache: bool = False,
-    **settings: Any,
+    **settings: Setting,
 ) -> torch.Tensor:
     """Continue each row of token ids.
 
@@ -43,8 +39,8 @@ def generate(
         idx: (B, T) int64.
         max_new_tokens: tokens to add to each row.
         context_size: tokens that the model sees at most; positions count from the first of them.
-        temperature: divides the logits; 0 is greedy.
-        top_k: draw among the k largest logits, ties with the k-th included; more than V means all.
+        temperature: as in SamplingConfig; 0 is greedy.
+        top_k: as there.
         eos_id: a row that has produced this token is filled with it; generation stops when all rows have.
         noise: t -> (B, V) Gumbel noise that decides new token number t, in place of torch's generator.
         use_cache: let the modules keep keys and values until the context is full; they forget them before this returns.
@@ -53,7 +49,7 @@ def generate(
     Returns:
         (B, T + max_new_tokens), or fewer columns if every row ended before.
     """
-    config = SamplingConfig(temperature=temperature, top_k=top_k, **settings)
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k, **settings)
     T = idx.shape[1]
     ended_B = torch.zeros(idx.shape[0], dtype=torch.bool, device=idx.device)
     model.reset_kv_cache()
@@ -61,17 +57,11 @@ def generate(
         within = idx.shape[1] <= context_size
         fresh_BT = idx[:, -1:] if use_cache and within and t > 0 else idx[:, -context_size:]
         logits_BV = model(fresh_BT, use_cache=use_cache and within)[:, -1]
-        logits_BV = process_logits(logits_BV, idx[:, :T], idx[:, T:], config)
-        if temperature == 0:
-            next_B = logits_BV.argmax(dim=-1)
-        elif noise is None:
-            next_B = torch.multinomial(torch.softmax(logits_BV, dim=-1), num_samples=1)[:, 0]
-        else:
-            next_B = (logits_BV + torch.tensor(np.asarray(noise(t)), device=idx.device)).argmax(dim=-1)
+        ids_B = choose(process_logits(logits_BV, idx[:, :T], idx[:, T:], sampling), sampling, noise, t)
         if eos_id is not None:
-            next_B = next_B.masked_fill(ended_B, eos_id)
-            ended_B |= next_B == eos_id
-        idx = torch.cat([idx, next_B[:, None]], dim=1)
+            ids_B = ids_B.masked_fill(ended_B, eos_id)
+            ended_B |= ids_B == eos_id
+        idx = torch.cat([idx, ids_B[:, None]], dim=1)
         if ended_B.all():
             break
     model.reset_kv_cache()
