@@ -90,7 +90,7 @@ _CLIP = "return torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm
 _CLIP_VALUE = """norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
     torch.nn.utils.clip_grad_value_(model.parameters(), cfg.clip_norm)
     return norm"""
-_RATE = """learning_rate(step, cfg)
+_RATE = """make_schedule(cfg)(step)
     optimizer.step()"""
 _BLOCK = "x_BTD = x_BTD + self.drop_shortcut1"
 _ABOVE = "logits_BV < kth_B1"
@@ -204,7 +204,7 @@ BUGS = (
     Bug("eps inside the square root", "adamw", _OPTIM, "cfg.beta2, cfg.eps, weight_decay", "cfg.beta2, 0.0, cfg.eps, weight_decay"),
     Bug("no bias correction", "adamw", _OPTIM, _CHAIN, _UNCORRECTED),
     Bug("schedule off by one", "adamw", _OPTIM, "schedule(1.0 * step)", "schedule(1.0 * step + 1)"),
-    Bug("schedule off by one", "adamw", _TORCH_OPTIM, _RATE, _RATE.replace("step,", "step + 1,")),
+    Bug("schedule off by one", "adamw", _TORCH_OPTIM, _RATE, _RATE.replace("(step)", "(step + 1)")),
     Bug("microbatches summed, not averaged", "accumulation", _STEP, "x / grad_accum_steps, total", "x, total"),
     Bug("microbatches summed, not averaged", "accumulation", _TORCH_STEP, "(len(inputs) / len(inputs_BT),", "(1.0,"),
     Bug("gradients of the last update kept", "training", _TORCH_STEP, "    optimizer.zero_grad()\n", ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -20,13 +21,17 @@ def make_optimizer(model: GPTModel, cfg: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
 
 
-def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Rate of update `step`, counted from 0: linear warm-up, cosine to the minimum, constant after that."""
-    if step < cfg.warmup_steps:
-        return cfg.learning_rate * (step + 1) / (cfg.warmup_steps + 1)
-    done = min((step - cfg.warmup_steps) / (cfg.total_decay_steps - cfg.warmup_steps), 1.0)
-    low = cfg.final_learning_rate
-    return low + (cfg.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * done))
+def make_schedule(cfg: TrainConfig) -> Callable[[int], float]:
+    """Learning rate of update s, counted from 0: linear warm-up, cosine to the minimum, constant after that."""
+
+    def schedule(step: int) -> float:
+        if step < cfg.warmup_steps:
+            return cfg.learning_rate * (step + 1) / (cfg.warmup_steps + 1)
+        done = min((step - cfg.warmup_steps) / (cfg.total_decay_steps - cfg.warmup_steps), 1.0)
+        low = cfg.final_learning_rate
+        return low + (cfg.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return schedule
 
 
 def clip_gradients_(model: GPTModel, cfg: TrainConfig) -> float:
@@ -37,5 +42,5 @@ def clip_gradients_(model: GPTModel, cfg: TrainConfig) -> float:
 def apply_gradients_(optimizer: torch.optim.AdamW, step: int, cfg: TrainConfig) -> None:
     """Let the optimizer make update `step`, counted from 0, at the schedule's rate."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, cfg)
+        group["lr"] = make_schedule(cfg)(step)
     optimizer.step()

@@ -15,7 +15,7 @@ from torch_ref.checkpoint import save_model
 from torch_ref.data.loader import create_dataloaders
 from torch_ref.generation.generate import generate_text_simple
 from torch_ref.model import GPTModel, init_model
-from torch_ref.optim import learning_rate, make_optimizer
+from torch_ref.optim import make_optimizer, make_schedule
 from torch_ref.step import evaluate_model, train_step
 
 
@@ -38,13 +38,13 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog) -> GPTModel:
     batches = itertools.chain.from_iterable(itertools.repeat(train_loader))  # epoch after epoch, each shuffled when it begins
     torch.manual_seed(cfg.seed)
     model = init_model(cfg.model)
-    optimizer = make_optimizer(model, cfg)
+    optimizer, schedule = make_optimizer(model, cfg), make_schedule(cfg)
 
     log.begin(cfg, corpus, 0, n_params=sum(p.numel() for p in model.parameters()), devices="1 x cpu (torch)")
     for step, batch in zip(range(cfg.max_steps), batches, strict=False):
         loss, grad_norm = train_step(model, optimizer, batch, step, cfg)
         check_loss(step, loss, grad_norm)
-        log.update(step, loss, grad_norm, learning_rate(step, cfg))
+        log.update(step, loss, grad_norm, schedule(step))
         last = step == cfg.max_steps - 1 or log.stop.requested
         saves = last or (step + 1) % cfg.checkpoint_every == 0
         evaluates = last or step % cfg.eval_every == 0
