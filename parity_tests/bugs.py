@@ -20,7 +20,7 @@ class Bug(NamedTuple):
     old: str
     new: str
     first: str | None = None
-    """Where the two sides must be seen to part first."""
+    """The tensor at which the two sides must be seen to diverge first."""
 
     @property
     def side(self) -> str:
@@ -29,7 +29,7 @@ class Bug(NamedTuple):
 
 @contextlib.contextmanager
 def planted(bug: Bug) -> Iterator[Any]:
-    """The `record` module of the bug's side, imported afresh from sources with that one line changed."""
+    """The bug's side, imported afresh from sources with that one line changed."""
     saved = {name: module for name, module in sys.modules.items() if name.split(".")[0] == bug.side and name not in _KEPT}
     finder = _Finder(bug, saved[bug.module].__file__)
     for name in saved:
@@ -47,7 +47,7 @@ def planted(bug: Bug) -> Iterator[Any]:
 _SIDES = {"flaxgpt": "flaxgpt.parity.flax_side", "torch_ref": "torch_ref.parity.torch_side"}
 
 _KEPT = ("flaxgpt.config", "flaxgpt.errors")
-"""Whose classes the problem is made of."""
+"""The modules whose classes a problem is made of: both sides, and the ladder, must mean the same ones."""
 
 
 class _Finder:
