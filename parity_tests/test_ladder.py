@@ -1,5 +1,6 @@
 """The ladder of comparisons, whole: on random small configs, on the 124M reference, in every precision."""
 
+import inspect
 import os
 
 import numpy as np
@@ -11,6 +12,7 @@ from flaxgpt.parity import flax_side, ladder
 from flaxgpt.parity.bounds import BOUNDS
 from flaxgpt.parity.compare import Measurement, compare, relative
 from flaxgpt.parity.problem import make_problem
+from flaxgpt.parity.side import NoiseDrivenSide, SeededSide
 from torch_ref.parity import torch_side
 
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -48,6 +50,16 @@ def assert_passed(results, what):
                 f"{what}, rung {result.rung}: {row.name} differs by {row.difference} (bound {row.bound}), "
                 f"in float64 by {row.exact} (bound {row.exact_bound}); {len(result.failures)} of {len(result.rows)} rows fail"
             )
+
+
+@pytest.mark.parametrize(("module", "protocol"), [(flax_side, SeededSide), (torch_side, NoiseDrivenSide)])
+def test_each_side_has_the_functions_that_are_asked_of_it(module, protocol):
+    asked = {name: method for name, method in inspect.getmembers(protocol, inspect.isfunction) if not name.startswith("_")}
+    assert {"passes", "clip", "adamw", "train", "generate", "draw"} <= set(asked)
+    for name, method in asked.items():
+        signature = inspect.signature(method)
+        of_module = signature.replace(parameters=[p for p in signature.parameters.values() if p.name != "self"])
+        assert inspect.signature(getattr(module, name)) == of_module, f"{module.__name__}.{name} is not as side.py documents it"
 
 
 @pytest.mark.parametrize("seed", [0, 1])
