@@ -20,7 +20,7 @@ class Bug(NamedTuple):
     old: str
     new: str
     first: str | None = None
-    """Where the two sides must be seen to part first."""
+    """The tensor at which the two sides must be seen to diverge first."""
 
     @property
     def side(self) -> str:
@@ -29,7 +29,7 @@ class Bug(NamedTuple):
 
 @contextlib.contextmanager
 def planted(bug: Bug) -> Iterator[Any]:
-    """The `record` module of the bug's side, imported afresh from sources with that one line changed."""
+    """The bug's side, imported afresh from sources with that one line changed."""
     saved = {name: module for name, module in sys.modules.items() if name.split(".")[0] == bug.side and name not in _KEPT}
     finder = _Finder(bug, saved[bug.module].__file__)
     for name in saved:
@@ -47,7 +47,7 @@ def planted(bug: Bug) -> Iterator[Any]:
 _SIDES = {"flaxgpt": "flaxgpt.parity.flax_side", "torch_ref": "torch_ref.parity.torch_side"}
 
 _KEPT = ("flaxgpt.config", "flaxgpt.errors")
-"""Whose classes the problem is made of."""
+"""The modules whose classes a problem is made of: both sides, and the ladder, must mean the same ones."""
 
 
 class _Finder:
@@ -74,6 +74,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 _FLAX, _TORCH = "flaxgpt.model", "torch_ref.model"
+_LAYERS, _TORCH_LAYERS = "flaxgpt.layers", "torch_ref.layers"
 _OPTIM, _TORCH_OPTIM, _STEP, _TORCH_STEP = "flaxgpt.optim", "torch_ref.optim", "flaxgpt.step", "torch_ref.step"
 _CAUSAL = "jnp.tril(jnp.ones((T, T), bool))"
 _PROJECTION = "return self.out_proj(context_BTNH.reshape(B, T, D))"
@@ -92,7 +93,7 @@ _CLIP_VALUE = """norm = torch.nn.utils.get_total_norm([p.grad for p in model.par
     return norm"""
 _RATE = """make_schedule(cfg)(step)
     optimizer.step()"""
-_BLOCK = "x_BTD = x_BTD + self.drop_shortcut1"
+_BLOCK = "out_BTD = self.att(self.norm1(x_BTD), use_cache)"
 _ABOVE = "logits_BV < kth_B1"
 _ABOVE_TORCH = "logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)"
 _TOP_K = "processors.keep_top_k(logits_BV, self.top_k)"
@@ -102,36 +103,36 @@ _TOP_K_BEFORE = """jnp.where(
 
 
 BUGS = (
-    Bug("layer norm with eps 1e-6", "activations", _FLAX, "variance + 1e-5", "variance + 1e-6", "trf_blocks.0.norm1.out"),
-    Bug("layer norm with eps 1e-6", "activations", _TORCH, "variance + 1e-5", "variance + 1e-6", "trf_blocks.0.norm1.out"),
+    Bug("layer norm with eps 1e-6", "activations", _LAYERS, "variance + 1e-5", "variance + 1e-6", "trf_blocks.0.norm1.out"),
+    Bug("layer norm with eps 1e-6", "activations", _TORCH_LAYERS, "variance + 1e-5", "variance + 1e-6", "trf_blocks.0.norm1.out"),
     Bug(
         "unbiased variance",
         "activations",
-        _FLAX,
+        _LAYERS,
         "x_wide.var(-1, keepdims=True)",
         "x_wide.var(-1, keepdims=True, ddof=1)",
         "trf_blocks.0.norm1.out",
     ),
-    Bug("unbiased variance", "activations", _TORCH, "unbiased=False", "unbiased=True", "trf_blocks.0.norm1.out"),
+    Bug("unbiased variance", "activations", _TORCH_LAYERS, "unbiased=False", "unbiased=True", "trf_blocks.0.norm1.out"),
     Bug("erf GELU", "activations", _FLAX, "approximate=True", "approximate=False", "trf_blocks.0.ff.hidden"),
     Bug(
         "erf GELU",
         "activations",
-        _TORCH,
+        _TORCH_LAYERS,
         "return 0.5 * x * (1 + torch.tanh(",
         "return nn.functional.gelu(x) + 0 * (torch.tanh(",
         "trf_blocks.0.ff.hidden",
     ),
-    Bug("no 1/sqrt(head size)", "activations", _FLAX, "scores_BNTS * H**-0.5", "scores_BNTS", "trf_blocks.0.att.weights"),
-    Bug("no 1/sqrt(head size)", "activations", _TORCH, "scores_BNTS / H**0.5", "scores_BNTS", "trf_blocks.0.att.weights"),
-    Bug("scores scaled by D, not H", "activations", _FLAX, "scores_BNTS * H**-0.5", "scores_BNTS * D**-0.5"),
-    Bug("scores scaled by D, not H", "activations", _TORCH, "scores_BNTS / H**0.5", "scores_BNTS / D**0.5"),
+    Bug("no 1/sqrt(head size)", "activations", _FLAX, " / H**0.5", "", "trf_blocks.0.att.weights"),
+    Bug("no 1/sqrt(head size)", "activations", _TORCH, " / H**0.5", "", "trf_blocks.0.att.weights"),
+    Bug("scores scaled by D, not H", "activations", _FLAX, " / H**0.5", " / D**0.5"),
+    Bug("scores scaled by D, not H", "activations", _TORCH, " / H**0.5", " / D**0.5"),
     Bug(
         "heads split in the wrong order",
         "activations",
         _FLAX,
-        "W_value(x_BTD)).reshape(B, T, N, H)",
-        "W_value(x_BTD)).reshape(B, T, H, N).mT",
+        ".reshape(B, T, N, H).swapaxes(1, 2)",
+        ".reshape(B, T, H, N).transpose(0, 3, 1, 2)",
     ),
     Bug(
         "heads split in the wrong order",
@@ -143,9 +144,9 @@ BUGS = (
     Bug(
         "transposed output projection",
         "activations",
-        "flaxgpt.convert.params",
-        '.endswith("kernel")',
-        '.endswith("kernel") and "proj" not in self.path',
+        "flaxgpt.convert.names",
+        '"trf_blocks.{}.att.out_proj.weight",    "DE"',
+        '"trf_blocks.{}.att.out_proj.weight",    "ED"',
     ),
     Bug("transposed output projection", "activations", _TORCH, _PROJECTION, _OTHER_PROJECTION, "trf_blocks.0.att.out"),
     Bug("attention that is not causal", "activations", _FLAX, _CAUSAL, "jnp.ones((T, T), bool)", "trf_blocks.0.att.weights"),
@@ -175,7 +176,7 @@ BUGS = (
         "torch.arange(1, T + 1) % T",
         "embedding",
     ),
-    Bug("head tied when it should not be", "activations", _FLAX, "self.out_head if not self.cfg.tie_embeddings else", ""),
+    Bug("head tied when it should not be", "activations", _FLAX, "if self.cfg.tie_embeddings:", "if True:"),
     Bug("head tied when it should not be", "activations", _TORCH, "if cfg.tie_embeddings:", "if True:"),
     Bug("loss a mean over the wrong count", "loss", "flaxgpt.loss", ").mean()", ").sum() / (targets_BT.size - 1)"),
     Bug(
@@ -189,8 +190,8 @@ BUGS = (
         "half the gradient of the queries",
         "gradients",
         _FLAX,
-        "self.W_query(x_BTD))",
-        "self.W_query((x_BTD + jax.lax.stop_gradient(x_BTD)) / 2))",
+        "q_BNTH, k_BNSH, preferred",
+        "(q_BNTH + jax.lax.stop_gradient(q_BNTH)) / 2, k_BNSH, preferred",
     ),
     Bug("half the gradient of the queries", "gradients", _TORCH, "q_BNTH @", "(q_BNTH + q_BNTH.detach()) / 2 @"),
     Bug("clipping by value", "clipping", _OPTIM, "lambda g: g * scale.astype(g.dtype)", "lambda g: jnp.clip(g, -limit, limit)"),
@@ -208,7 +209,7 @@ BUGS = (
     Bug("microbatches summed, not averaged", "accumulation", _STEP, "x / grad_accum_steps, total", "x, total"),
     Bug("microbatches summed, not averaged", "accumulation", _TORCH_STEP, "(len(inputs) / len(inputs_BT),", "(1.0,"),
     Bug("gradients of the last update kept", "training", _TORCH_STEP, "    optimizer.zero_grad()\n", ""),
-    Bug("dropout without rescaling", "dropout", _FLAX, "x / (1 - self.rate)", "x"),
+    Bug("dropout without rescaling", "dropout", _LAYERS, "x / (1 - self.rate)", "x"),
     Bug(
         "dropout without rescaling",
         "dropout",

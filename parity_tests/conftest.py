@@ -122,7 +122,7 @@ def remember(what: str, result: Result) -> None:
     """Add a rung of the ladder to the table: its worst difference and the bound of the row that came closest to its own."""
     compared = [row for row in result.rows if row.difference is not None]
     if compared and result.passed:
-        worst = max(compared, key=lambda row: row.used)
+        worst = max(compared, key=lambda row: row.share_of_bound)
         count, difference, place, bound = MEASURED.get(what, (0, -1.0, "", 1.0))
         if bound == 0 or worst.bound == 0 or worst.difference / worst.bound > difference / bound:
             difference, place, bound = worst.difference, worst.name, worst.bound

@@ -9,8 +9,8 @@ from conftest import SMALL
 from test_ladder import climb
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.parity.compare import first_parting
-from flaxgpt.parity.ladder import make_problem
+from flaxgpt.parity.compare import first_divergence
+from flaxgpt.parity.problem import make_problem
 
 PARITY_PAGE = Path(__file__).parent.parent / "docs" / "parity.md"
 FAST = ("erf GELU", "positions off by one", "schedule off by one")
@@ -39,13 +39,13 @@ def test_with_no_bug_planted_the_same_rungs_pass(problem):
         assert result.passed, result.failures[0]
 
 
-def test_the_first_parting_is_named_forward_and_backward(problem):
+def test_the_first_divergence_is_named_forward_and_backward(problem):
     (bug,) = [bug for bug in BUGS if bug.name == "erf GELU" and bug.side == "torch_ref"]
     with planted(bug) as side:
         results = climb(problem, ("activations", "gradients"), theirs=side)
-    parting = first_parting(results)
-    assert parting["forward"] == "trf_blocks.0.ff.hidden"
-    assert parting["backward"] == "backward/logits", "the gradient starts from other logits"
+    divergence = first_divergence(results)
+    assert divergence["forward"] == "trf_blocks.0.ff.hidden"
+    assert divergence["backward"] == "backward/logits", "the gradient starts from other logits"
 
 
 def test_the_table_in_the_docs_is_the_catalogue():
@@ -53,5 +53,5 @@ def test_the_table_in_the_docs_is_the_catalogue():
     listed = {(name, rung): (ours, theirs) for name, rung, ours, theirs in rows}
     sides = {(bug.name, bug.rung): {other.side for other in BUGS if other.name == bug.name} for bug in BUGS}
     caught = {bug: tuple("caught" if side in found else "-" for side in ("flaxgpt", "torch_ref")) for bug, found in sides.items()}
-    listed = {bug: told for bug, told in listed.items() if set(told) <= {"caught", "-"}}  # the other tables of the page
+    listed = {bug: entries for bug, entries in listed.items() if set(entries) <= {"caught", "-"}}  # the other tables of the page
     assert listed == caught

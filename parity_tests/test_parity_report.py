@@ -40,34 +40,34 @@ def checkpoint(tmp_path):
     return path
 
 
-def test_a_checkpoint_with_its_optimizer_passes_and_is_told_in_every_form(report, checkpoint, tmp_path):
+def test_a_checkpoint_with_its_optimizer_passes_and_is_reported_in_every_form(report, checkpoint, tmp_path):
     files = {name: tmp_path / name for name in ("report.json", "layers.png", "report.html")}
     flags = ("--json", files["report.json"], "--plot", files["layers.png"], "--html", files["report.html"])
     code, out, _ = report("--state-dict", checkpoint, "--n-heads", 4, "--rungs", 1, 2, 3, "adamw", *flags)
     assert code == 0, out
     assert "passed:" in out
-    told = json.loads(files["report.json"].read_text())
-    assert told["passed"] is True
-    assert told["first_parting"] == {"forward": None, "backward": None}
-    assert told["config"]["n_layers"] == 2
-    assert [r["rung"] for r in told["rungs"]] == ["activations", "loss", "gradients", "adamw"]
-    row = told["rungs"][0]["rows"][0]
+    written = json.loads(files["report.json"].read_text())
+    assert written["passed"] is True
+    assert written["first_divergence"] == {"forward": None, "backward": None}
+    assert written["config"]["n_layers"] == 2
+    assert [r["rung"] for r in written["rungs"]] == ["activations", "loss", "gradients", "adamw"]
+    row = written["rungs"][0]["rows"][0]
     assert row["name"] == "embedding"
     assert row["passed"] is True
-    assert any("the checkpoint's moments" in r["name"] for r in told["rungs"][3]["rows"])
+    assert any("the checkpoint's moments" in r["name"] for r in written["rungs"][3]["rows"])
     assert files["layers.png"].read_bytes().startswith(b"\x89PNG")
     page = files["report.html"].read_text()
     assert "data:image/png;base64," in page
     assert "http" not in page, "the page needs nothing else"
 
 
-def test_a_bug_makes_it_fail_and_the_first_parting_is_named(report, checkpoint):
+def test_a_bug_makes_it_fail_and_the_first_divergence_is_named(report, checkpoint):
     (bug,) = [bug for bug in BUGS if bug.name == "erf GELU" and bug.side == "torch_ref"]
     with planted(bug):
         code, out, _ = report("--state-dict", checkpoint, "--n-heads", 4, "--rungs", 1, 3)
     assert code == 1, out
-    assert "forward:  the two sides first part at trf_blocks.0.ff.hidden" in out
-    assert "backward: the two sides first part at backward/" in out
+    assert "forward:  the two sides first diverge at trf_blocks.0.ff.hidden" in out
+    assert "backward: the two sides first diverge at backward/" in out
     assert "FAILED" in out
 
 

@@ -10,7 +10,8 @@ from conftest import SMALL, refused
 
 from flaxgpt.config import TrainConfig
 from flaxgpt.optim import make_optimizer
-from flaxgpt.parity.replay import COLUMNS, replay
+from flaxgpt.parity.flax_side import replay
+from flaxgpt.parity.replay import COLUMNS
 from flaxgpt.run.folder import read_metrics
 from flaxgpt.run.log import RunLog
 from flaxgpt.run.setup import prepare
@@ -82,7 +83,7 @@ def test_the_script_compares_evaluations_and_samples_and_draws_them(config, tmp_
     refused(call(replay_script, *flags), "--overwrite")
 
 
-def test_the_script_fails_when_the_runs_part(config, tmp_path, monkeypatch, call):
+def test_the_script_fails_when_the_runs_diverge(config, tmp_path, monkeypatch, call):
     monkeypatch.setattr("flaxgpt.parity.flax_side.make_optimizer", lambda cfg: make_optimizer(cfg.replace(learning_rate=2e-3)))
     flags = ["--data", config.data, "--out-dir", str(tmp_path / "out"), *FLAGS.split(), "--n-layers=1"]  # compiled by no other test
     code, out, err = call(replay_script, *flags)

@@ -1,4 +1,4 @@
-"""Compare flaxgpt with its PyTorch reference, from the first activation to generated text, and name where they first part.
+"""Compare flaxgpt with its PyTorch reference, from the first activation to generated text, and name where they first diverge.
 
 Rungs: 1 activations, 2 loss, 3 gradients, 4 clipping, 5 adamw, 6 accumulation, 7 training, 8 dropout, 9 generation.
 The exit code is 1 if a rung fails.
@@ -16,13 +16,16 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from flaxgpt.config import TrainConfig
 from flaxgpt.errors import InputError
 from flaxgpt.run.cli import one_line_errors
+
+if TYPE_CHECKING:
+    from flaxgpt.parity.side import Moments, NoiseDrivenSide, SeededSide, Tensors
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class ReportArgs:
     """Weights of the reference: safetensors, or torch.save of a state_dict (or of one with its optimizer's, as model_state_dict
     and optimizer_state_dict: then rung 5 also starts from those moments)."""
     n_heads: int | None = None
-    """Attention heads of --state-dict without --preset (shapes do not tell); None: heads of 64, as GPT-2's."""
+    """Attention heads of --state-dict without --preset (shapes do not imply them); None: heads of 64, as GPT-2's."""
     rungs: tuple[str, ...] = ()
     """Numbers or names of rungs; none: all."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -69,7 +72,8 @@ def main() -> None:
     import time
 
     from flaxgpt.parity import report
-    from flaxgpt.parity.ladder import climb, make_problem
+    from flaxgpt.parity.ladder import climb
+    from flaxgpt.parity.problem import make_problem
     from flaxgpt.run.folder import write_text
 
     rungs = _rungs(args.rungs)
@@ -123,8 +127,8 @@ def _check(args: ReportArgs) -> None:
             raise InputError(f"can't write {path}: it is a folder, or is in one that is not there")
 
 
-def _sides(device: str | None) -> tuple[Any, Any, dict[str, str]]:
-    """Both `record` modules, and what they run on."""
+def _sides(device: str | None) -> tuple[SeededSide, NoiseDrivenSide, dict[str, str]]:
+    """Both sides, and what they run on."""
     import jax
 
     try:
@@ -148,7 +152,7 @@ def _sides(device: str | None) -> tuple[Any, Any, dict[str, str]]:
     return ours, theirs, {"device": f"{where.platform} ({where.device_kind})", **versions}
 
 
-def _model(args: ReportArgs) -> tuple[TrainConfig, dict | None, Any, str]:
+def _model(args: ReportArgs) -> tuple[TrainConfig, Tensors | None, tuple[int, Moments] | None, str]:
     """The config, the weights (None: random ones), the optimizer's moments if there are any, and what to call all that."""
     from flaxgpt.convert.optimizer import moments_from_torch, options_from_torch
     from flaxgpt.convert.params import from_torch, infer_config, named_parameters

@@ -31,7 +31,8 @@ def main() -> None:
         raise InputError(f"{args.out_dir} holds a training run, which a replay does not replace: choose another --out-dir")
     cfg, corpus = prepare(args.config, args.out_dir, overwrite=args.overwrite)
 
-    from flaxgpt.parity.replay import Comparison, replay
+    from flaxgpt.parity.flax_side import replay
+    from flaxgpt.parity.replay import Comparison
 
     try:
         from torch_ref.parity.replay import recorded_run

@@ -1,14 +1,13 @@
-"""What flaxgpt computes, as NumPy arrays by the reference's names. `torch_ref/record.py` has the same functions.
+"""What flaxgpt computes, as NumPy arrays by the reference's names: the functions of `flaxgpt.parity.side.SeededSide`.
 
-Each takes the weights as a state_dict of the reference, and a precision: "float32", "bfloat16" or "float64". Products of
-float32 matrices are never rounded to less, whatever the device does by default.
+`torch_ref.parity.torch_side` is its twin.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,28 +24,16 @@ from flaxgpt.layers import tapped
 from flaxgpt.loss import next_token_loss
 from flaxgpt.model import GPT
 from flaxgpt.optim import adam_state, clip_by_global_norm, make_optimizer, with_adam_state
-from flaxgpt.parity.compare import Tensors
+from flaxgpt.parity.replay import Repeated, Update
+from flaxgpt.parity.side import Batch, Moments, Noise, Tensors
 from flaxgpt.parity.sites import sites
 from flaxgpt.state import TrainState
-from flaxgpt.step import make_train_step
+from flaxgpt.step import Metrics, make_eval_step, make_train_step
 from flaxgpt.types import Params
-
-Batch = tuple[np.ndarray, np.ndarray]
 
 
 def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[str, Tensors]:
-    """One forward and backward pass without dropout.
-
-    Args:
-        cfg: the model's config.
-        weights: by the names of the reference's parameters.
-        batch: (inputs_BT, targets_BT), int64.
-        dtype: the precision.
-
-    Returns:
-        "activations" and "backward" (the gradient of the loss with respect to each of them, the last one first),
-        "loss", and "gradients" of all parameters.
-    """
+    """One forward and backward pass without dropout."""
     with precision(dtype):
         loss, taps, grads, tap_grads = jax.device_get(_passes(_params(weights, cfg, dtype), batch, cfg.replace(dtype=dtype)))
     forward, backward = per_layer(taps, cfg), per_layer(tap_grads, cfg)
@@ -60,26 +47,14 @@ def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[s
 
 
 def clip(gradients: Tensors, cfg: TrainConfig, dtype: str) -> Tensors:
-    """The gradients, by the names of the reference's parameters, clipped to the config's `clip_norm`, and the "norm" () they had."""
+    """The gradients, clipped, and the norm that they had."""
     with precision(dtype):
         clipped, norm = _clip(_params(gradients, cfg.model, dtype), cfg.clip_norm)
         return {"norm": np.asarray(norm), **_named(clipped, cfg.model)}
 
 
-def adamw(cfg: TrainConfig, weights: Tensors, gradients: Tensors, moments: Mapping[str, Tensors], step: int, dtype: str) -> Tensors:
-    """One update of AdamW from given gradients.
-
-    Args:
-        cfg: the run, without clipping.
-        weights: before the update, by the names of the reference's parameters, as are the gradients and both moments.
-        gradients: what to update with.
-        moments: "exp_avg" and "exp_avg_sq" before the update.
-        step: the updates made before.
-        dtype: the precision.
-
-    Returns:
-        "parameter/...", "exp_avg/..." and "exp_avg_sq/..." after it.
-    """
+def adamw(cfg: TrainConfig, weights: Tensors, gradients: Tensors, moments: Moments, step: int, dtype: str) -> Tensors:
+    """One update of AdamW from given gradients."""
     with precision(dtype):
         params, grads, mu, nu = (_params(t, cfg.model, dtype) for t in (weights, gradients, moments["exp_avg"], moments["exp_avg_sq"]))
         params, opt_state = _adamw(params, grads, mu, nu, step, cfg.replace(seed=0))
@@ -89,30 +64,16 @@ def adamw(cfg: TrainConfig, weights: Tensors, gradients: Tensors, moments: Mappi
 def train(
     cfg: TrainConfig, weights: Tensors, batches: Sequence[Batch], dtype: str, masks: Sequence[Tensors] | None = None
 ) -> tuple[Tensors, list[Tensors]]:
-    """Train on these batches, one an update, from these weights.
-
-    Args:
-        cfg: the run; its dropout is on if its rate is above 0.
-        weights: to begin with.
-        batches: one for each update.
-        dtype: the precision.
-        masks: what dropout keeps, for each update; None: flaxgpt draws.
-
-    Returns:
-        Losses and gradient norms of all updates, and the parameters and moments after the last; and the masks that were used.
-    """
+    """Train on these batches with these masks, or with those that flaxgpt draws."""
     with precision(dtype):
         state = initial_state(cfg, weights, dtype)
-        metrics, used = [], []
-        for i, batch in enumerate(batches):
-            if masks is None:
-                used.append(drawn_masks(state, batch[0], cfg.model))
-            else:
-                used.append(masks[i])
-            state, values = train_step(state, batch, None if masks is None else masks[i], cfg, dtype)
+        metrics, kept = [], []
+        for step, batch in enumerate(batches):
+            kept.append(drawn_masks(state, batch[0], cfg.model) if masks is None else masks[step])
+            state, values = train_step(state, batch, None if masks is None else masks[step], cfg, dtype)
             metrics.append(jax.device_get(values))
         traces = {name: np.array([values[name] for values in metrics]) for name in ("loss", "grad_norm")}
-        return traces | _after(state.params, state.opt_state, cfg), used
+        return traces | _after(state.params, state.opt_state, cfg), kept
 
 
 def generate(
@@ -124,22 +85,50 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Continue prompts in float32, drawing with the noise of this seed; token ids (B, T + new_tokens)."""
+    """Continue prompts, drawing with the noise of this seed."""
     with precision("float32"):
         params, key = _params(weights, cfg, "float32"), jax.random.key(seed)
         return np.asarray(generation.generate(params, cfg, prompt_BT, new_tokens, temperature=temperature, top_k=top_k, key=key))
 
 
 def draw(logits_BV: np.ndarray, temperature: float, top_k: int | None, seed: int) -> np.ndarray:
-    """One token for each row of logits, drawn with `noise(seed)` of token 0."""
+    """One token for each row of logits, drawn with the noise of this seed."""
     config = SamplingConfig(temperature=temperature, top_k=top_k)
     processed_BV = Chain.of(config)(jnp.asarray(logits_BV))
     return np.asarray(choose(processed_BV, row_keys(config, jax.random.key(seed), len(logits_BV)), t=0))
 
 
-def noise(seed: int, shape_BV: tuple[int, int]) -> Callable[[int], np.ndarray]:
-    """The Gumbel noise that `generate` adds to the logits of each new token."""
+def noise(seed: int, shape_BV: tuple[int, int]) -> Noise:
+    """The Gumbel noise of this seed, by the number of the new token."""
     return lambda t: np.asarray(gumbel_noise(jax.random.key(seed), t, shape_BV))
+
+
+def replay(cfg: TrainConfig, weights: Tensors, updates: Iterable[Update], dtype: str = "float32") -> Iterator[Repeated]:
+    """Train from a recording's weights on its batches, with its masks; evaluate on its batches, and sample, where it did.
+
+    Holds one state and one update at a time. `torch_ref.parity.replay.recorded_run` makes the recording.
+
+    Args:
+        cfg: the run that was recorded.
+        weights: its initial weights, by the names of the reference's parameters.
+        updates: its updates, in order.
+        dtype: "float32" or "float64".
+    """
+    model = cfg.model.replace(dtype=dtype)
+    eval_step = jax.jit(make_eval_step(model))
+    with precision(dtype):
+        state = initial_state(cfg, weights, dtype)
+    for update in updates:
+        with precision(dtype):
+            state, metrics = train_step(state, update.batch, update.masks, cfg, dtype)
+            train_loss = val_loss = sample = None
+            if update.evaluation:
+                splits = update.evaluation.train_batches, update.evaluation.val_batches
+                train_loss, val_loss = (float(np.mean([eval_step(state.params, batch) for batch in batches])) for batches in splits)
+            if update.sample is not None:
+                prompt_BT = np.array([update.sample[: len(update.sample) - cfg.sample_tokens]])
+                sample = generation.generate(state.params, model, prompt_BT, cfg.sample_tokens)[0].tolist()
+        yield Repeated(update, float(metrics["loss"]), float(metrics["grad_norm"]), train_loss, val_loss, sample)
 
 
 def initial_state(cfg: TrainConfig, weights: Tensors, dtype: str) -> TrainState:
@@ -147,9 +136,7 @@ def initial_state(cfg: TrainConfig, weights: Tensors, dtype: str) -> TrainState:
     return _start(_params(weights, cfg.model, dtype), jax.random.key(cfg.seed), cfg.replace(seed=0))
 
 
-def train_step(
-    state: TrainState, batch: Batch, masks: Tensors | None, cfg: TrainConfig, dtype: str
-) -> tuple[TrainState, dict[str, jax.Array]]:
+def train_step(state: TrainState, batch: Batch, masks: Tensors | None, cfg: TrainConfig, dtype: str) -> tuple[TrainState, Metrics]:
     """One update with these dropout masks, by the names of the reference's dropout modules (None: flaxgpt draws). Donates the state."""
     given = None if masks is None else stacked({f"{name}.keep": keep for name, keep in masks.items()}, cfg.model)
     return _train_step(state, batch, given, cfg.replace(seed=0), dtype)  # what is compiled does not depend on the seed
@@ -207,7 +194,7 @@ def _start(params: Params, key: jax.Array, cfg: TrainConfig) -> TrainState:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype"), donate_argnums=0)
-def _train_step(state: TrainState, batch: Batch, masks: Any, cfg: TrainConfig, dtype: str) -> tuple[TrainState, Any]:
+def _train_step(state: TrainState, batch: Batch, masks: Any, cfg: TrainConfig, dtype: str) -> tuple[TrainState, Metrics]:
     step = make_train_step(cfg.model.replace(dtype=dtype), make_optimizer(cfg), cfg.grad_accum_steps)
     return step(state, batch, masks)
 

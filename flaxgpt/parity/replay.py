@@ -1,25 +1,23 @@
-"""Repeating a recorded training run, update by update, with its batches and dropout masks, and comparing the two."""
+"""A training run of one implementation, recorded, and repeated by another: what is handed over, and how the two compare.
+
+`torch_ref.parity.replay.recorded_run` records, `flaxgpt.parity.flax_side.replay` repeats.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from flaxgpt.config import TrainConfig
 from flaxgpt.data.tokenizer import Tokenizer
-from flaxgpt.generation.generate import generate
-from flaxgpt.parity import flax_side as record
-from flaxgpt.parity.compare import Tensors, Update
+from flaxgpt.parity.plots import save_replay_plot
+from flaxgpt.parity.side import Batch, Tensors
 from flaxgpt.run.folder import CONFIG, write_text
-from flaxgpt.run.plots import save_replay_plot
-from flaxgpt.step import make_eval_step
 
 COLUMNS = (
     *("step", "reference/batch_loss", "flaxgpt/batch_loss", "reference/grad_norm", "flaxgpt/grad_norm"),
@@ -28,8 +26,31 @@ COLUMNS = (
 """Of replay.csv; the losses of the splits are there where there was an evaluation."""
 
 
+class Update(NamedTuple):
+    """One update of a recorded run, with all that another implementation needs to repeat it."""
+
+    step: int
+    batch: Batch
+    masks: Tensors
+    """What dropout kept, by the names of the reference's dropout modules."""
+    loss: float
+    grad_norm: float
+    evaluation: Evaluation | None
+    sample: list[int] | None
+    """Token ids, prompt included, decoded greedily after this update."""
+
+
+class Evaluation(NamedTuple):
+    """Losses after an update, dropout off, and the batches they are means over."""
+
+    train_batches: list[Batch]
+    val_batches: list[Batch]
+    train_loss: float
+    val_loss: float
+
+
 class Repeated(NamedTuple):
-    """What an update of the recording came to here, next to what it was."""
+    """An update of a recorded run, and what it came to when it was repeated."""
 
     update: Update
     loss: float
@@ -37,34 +58,6 @@ class Repeated(NamedTuple):
     train_loss: float | None
     val_loss: float | None
     sample: list[int] | None
-
-
-def replay(cfg: TrainConfig, weights: Tensors, updates: Iterable[Update], dtype: str = "float32") -> Iterator[Repeated]:
-    """Train from the recording's weights on its batches, with its masks; evaluate on its batches and sample where it did.
-
-    Holds one state and one update at a time.
-
-    Args:
-        cfg: the run that was recorded.
-        weights: its initial weights, by the names of the reference's parameters.
-        updates: its updates, in order.
-        dtype: "float32" or "float64".
-    """
-    with record.precision(dtype):
-        state = record.initial_state(cfg, weights, dtype)
-        eval_step = jax.jit(make_eval_step(cfg.model.replace(dtype=dtype)))
-    for update in updates:
-        with record.precision(dtype):
-            state, metrics = record.train_step(state, update.batch, update.masks, cfg, dtype)
-            losses: list[float | None] = [None, None]
-            if update.evaluation:
-                splits = update.evaluation.train_batches, update.evaluation.val_batches
-                losses = [float(np.mean([eval_step(state.params, batch) for batch in batches])) for batches in splits]
-            sample = None
-            if update.sample is not None:
-                prompt_BT = np.array([update.sample[: len(update.sample) - cfg.sample_tokens]])
-                sample = generate(state.params, cfg.model.replace(dtype=dtype), prompt_BT, cfg.sample_tokens)[0].tolist()
-            yield Repeated(update, float(metrics["loss"]), float(metrics["grad_norm"]), *losses, sample)
 
 
 class Comparison:
@@ -99,14 +92,14 @@ class Comparison:
         """Prints how the runs compare; returns the largest difference of a loss at an evaluation."""
         evaluated = [(row["step"], _differences(row)) for row in self._rows if "reference/val_loss" in row]
         worst = float(np.max([pair for _, pair in evaluated]))  # nan, if there is one
-        parted = next((f"from step {step} on" for step, pair in evaluated if round(max(pair), 3) > 0), "nowhere")
+        visible = next((f"from step {step} on" for step, pair in evaluated if round(max(pair), 3) > 0), "nowhere")
         batches = [(row["step"], abs(row["flaxgpt/batch_loss"] - row["reference/batch_loss"])) for row in self._rows]
-        shows = next((f"from update {step} on" for step, difference in batches if difference > 1e-5), "nowhere")
+        differ = next((f"from update {step} on" for step, difference in batches if difference > 1e-5), "nowhere")
         equal = sum(same for _, same in self._samples)
         print(
-            f"evaluations:  {len(evaluated)}, the largest difference {worst:.1e} (allowed: {limit:g}), seen in the third decimal {parted}"
+            f"evaluations:  {len(evaluated)}, the largest difference {worst:.1e} (allowed: {limit:g}), seen in the third decimal {visible}"
         )
-        print(f"batch losses: differ by more than 1e-5 {shows}")
+        print(f"batch losses: differ by more than 1e-5 {differ}")
         print(f"samples:      {equal} of {len(self._samples)} equal")
         print(f"files:        {self._folder}/: replay.csv, replay.png, samples.txt")
         return worst

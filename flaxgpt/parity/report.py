@@ -1,4 +1,4 @@
-"""What the ladder found, for people: lines for the terminal, JSON, a plot and a page. Knows no framework."""
+"""What the ladder found, for people: lines for the terminal, JSON, a plot and a page."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from flaxgpt.parity.compare import Result, Row, first_parting
+from flaxgpt.parity.bounds import BOUNDS
+from flaxgpt.parity.compare import Measurement, Result, first_divergence
 from flaxgpt.parity.ladder import RUNGS
-from flaxgpt.run.plots import save_parity_plot
+from flaxgpt.parity.plots import save_parity_plot
 
 TITLES = ("rung", "tensors", "difference", "bound", "flaxgpt", "reference", "float64", "bound", "", "worst tensor")
 _WIDTHS = (27, 7, 10, 8, 8, 9, 8, 8, 6, 0)
@@ -36,33 +36,32 @@ def lines(result: Result) -> list[str]:
 
 
 def verdict(results: Sequence[Result]) -> list[str]:
-    """What it comes to, and where the two sides first part."""
+    """What it comes to, and where the two sides first diverge."""
     failed = [result for result in results if not result.passed]
     if not failed:
         return [f"passed: {sum(len(result.rows) for result in results)} comparisons on {len(results)} rungs, all within their bounds"]
     count = sum(len(result.failures) for result in failed)
     text = [f"failed: {count} comparisons on {', '.join(result.rung for result in failed)}"]
-    parting = first_parting(results)
-    for direction in ("forward", "backward"):
-        if name := parting[direction]:
-            text.append(f"{direction + ':':<10}the two sides first part at {name}")
+    for direction, name in first_divergence(results).items():
+        if name:
+            text.append(f"{direction + ':':<10}the two sides first diverge at {name}")
     for result in failed:
         if result.rung not in ("activations", "loss", "gradients"):
             text.append(f"{result.rung + ':':<14}first {_describe(result.failures[0])}")
     return text
 
 
-def to_json(results: Sequence[Result], about: dict[str, Any]) -> str:
+def to_json(results: Sequence[Result], about: dict[str, object]) -> str:
     """Everything: what was run, every row, the verdict. What is not finite is written as a string."""
     rungs = [
         {"rung": result.rung, "passed": result.passed, "seconds": round(result.seconds, 2), "rows": [_plain(row) for row in result.rows]}
         for result in results
     ]
-    whole = {**about, "passed": all(result.passed for result in results), "first_parting": first_parting(results), "rungs": rungs}
+    whole = {**about, "passed": all(result.passed for result in results), "first_divergence": first_divergence(results), "rungs": rungs}
     return json.dumps(whole, indent=1, allow_nan=False) + "\n"
 
 
-def to_html(results: Sequence[Result], about: dict[str, Any], plot: Path | None) -> str:
+def to_html(results: Sequence[Result], about: dict[str, object], plot: Path | None) -> str:
     """One page that needs nothing else: the verdict, what was run, the table, the plot."""
     passed = all(result.passed for result in results)
     image = f'<img alt="difference by layer" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">' if plot else ""
@@ -112,17 +111,26 @@ def save_plot(results: Sequence[Result], path: Path) -> bool:
 def _table(result: Result) -> list[tuple[str, ...]]:
     number = RUNGS.index(result.rung) + 1
     table = []
-    for rows in result.kinds:
-        worst = max(rows, key=lambda row: row.used)
-        kind = f": {rows[0].kind}" if len(result.kinds) > 1 else ""
-        columns = [_largest(rows, column) for column in ("difference", "bound", "ours", "theirs", "exact")]
+    groups = _by_kind(result)
+    for rows in groups:
+        worst = max(rows, key=lambda row: row.share_of_bound)
+        kind = f": {rows[0].kind}" if len(groups) > 1 else ""
+        columns = [_largest(rows, column) for column in ("difference", "bound", "error_flaxgpt", "error_reference", "exact")]
         exact_bound = f"{worst.exact_bound:.0e}" if worst.exact is not None else "-"
         passed = "passed" if all(row.passed for row in rows) else "FAILED"
         table.append((f"{number} {result.rung}{kind}", str(len(rows)), *columns, exact_bound, passed, worst.name))
     return table
 
 
-def _largest(rows: Sequence[Row], column: str) -> str:
+def _by_kind(result: Result) -> list[list[Measurement]]:
+    """The rows in groups that share their bounds, where the rung has bounds for more than one kind."""
+    if f"{result.rung}/{result.rows[0].kind}" not in BOUNDS:
+        return [list(result.rows)]
+    kinds = dict.fromkeys(row.kind for row in result.rows)
+    return [[row for row in result.rows if row.kind == kind] for kind in kinds]
+
+
+def _largest(rows: Sequence[Measurement], column: str) -> str:
     values = [value for row in rows if (value := getattr(row, column)) is not None]
     if not values:
         return "-"
@@ -136,20 +144,20 @@ def _line(cells: Sequence[str]) -> str:
     )
 
 
-def _describe(row: Row) -> str:
+def _describe(row: Measurement) -> str:
     parts = [f"{value:.1e} (bound {bound:.0e}){note}" for value, bound, note in _over(row)]
     return f"{row.name}: {', '.join(parts)}"
 
 
-def _over(row: Row) -> list[tuple[float, float, str]]:
+def _over(row: Measurement) -> list[tuple[float, float, str]]:
     pairs = ((row.difference, row.bound, ""), (row.exact, row.exact_bound, " in float64"))
     return [(value, bound, note) for value, bound, note in pairs if value is not None and not value <= bound]
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def _plain(row: Measurement) -> dict[str, object]:
     values = dataclasses.asdict(row) | {"passed": row.passed}
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def _fact(value: Any) -> str:
+def _fact(value: object) -> str:
     return ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)

@@ -1,4 +1,7 @@
-"""A training run of the reference, recorded an update at a time so that another implementation can repeat it."""
+"""A training run of the reference, recorded an update at a time so that another implementation can repeat it.
+
+`flaxgpt.parity.flax_side.replay` does.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import torch
 
 from flaxgpt.config import TrainConfig
 from flaxgpt.data.corpora import Corpus
-from flaxgpt.parity.compare import Evaluation, Tensors, Update
+from flaxgpt.parity import side
+from flaxgpt.parity.replay import Evaluation, Update
 from torch_ref.data.loader import Batch, create_dataloaders
 from torch_ref.generation.generate import generate_text_simple
 from torch_ref.model import init_model
@@ -18,7 +22,7 @@ from torch_ref.parity.torch_side import recorded_masks
 from torch_ref.step import evaluate_model, train_step
 
 
-def recorded_run(cfg: TrainConfig, corpus: Corpus, dtype: str = "float32") -> tuple[Tensors, Iterator[Update]]:
+def recorded_run(cfg: TrainConfig, corpus: Corpus, dtype: str = "float32") -> tuple[side.Tensors, Iterator[Update]]:
     """The run of `torch_ref.train.train`, drawing the same random numbers in the same order.
 
     Args:
@@ -56,5 +60,6 @@ def recorded_run(cfg: TrainConfig, corpus: Corpus, dtype: str = "float32") -> tu
     return weights, updates()
 
 
-def _numpy(batch: Batch) -> tuple:
-    return tuple(side.numpy() for side in batch)
+def _numpy(batch: Batch) -> side.Batch:
+    inputs_BT, targets_BT = batch
+    return inputs_BT.numpy(), targets_BT.numpy()

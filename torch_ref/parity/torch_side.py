@@ -1,13 +1,12 @@
-"""What the reference computes, as NumPy arrays by its own names. `flaxgpt/record.py` has the same functions.
+"""What the reference computes, as NumPy arrays by its own names: the functions of `flaxgpt.parity.side.NoiseDrivenSide`.
 
-Each takes the weights as a state_dict of NumPy arrays, and a precision: "float32", "float64" or "bfloat16" (autocast).
+`flaxgpt.parity.flax_side` is its twin. In bfloat16 the model is float32, under autocast.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,31 +14,18 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from flaxgpt.config import GPTConfig, SamplingConfig, TrainConfig
-from flaxgpt.parity.compare import Tensors
+from flaxgpt.parity.side import Batch, Moments, Noise, Tensors
 from flaxgpt.parity.sites import sites
 from torch_ref.generation import generate as generation
-from torch_ref.generation.sampling import process_logits
+from torch_ref.generation.sampling import choose, process_logits
 from torch_ref.loss import calc_loss_batch
 from torch_ref.model import GPTModel
 from torch_ref.optim import apply_gradients_, clip_gradients_, make_optimizer
 from torch_ref.step import train_step
 
-Batch = tuple[np.ndarray, np.ndarray]
-
 
 def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[str, Tensors]:
-    """One forward and backward pass without dropout.
-
-    Args:
-        cfg: the model's config.
-        weights: by the names of the reference's parameters.
-        batch: (inputs_BT, targets_BT), int64.
-        dtype: the precision.
-
-    Returns:
-        "activations" and "backward" (the gradient of the loss with respect to each of them, the last one first),
-        "loss", and "gradients" of all parameters.
-    """
+    """One forward and backward pass without dropout."""
     model = build(cfg, weights, dtype).eval()
     with tapped(model) as taps, _autocast(dtype):
         loss = calc_loss_batch(model, *map(torch.from_numpy, batch))
@@ -56,27 +42,15 @@ def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[s
 
 
 def clip(gradients: Tensors, cfg: TrainConfig, dtype: str) -> Tensors:
-    """The gradients, by the names of the reference's parameters, clipped to the config's `clip_norm`, and the "norm" () they had."""
+    """The gradients, clipped, and the norm that they had."""
     model = build(cfg.model, gradients, dtype)
     _set_gradients(model, gradients)
     norm = clip_gradients_(model, cfg)
     return {"norm": np.array(norm), **{name: _numpy(p.grad) for name, p in model.named_parameters()}}
 
 
-def adamw(cfg: TrainConfig, weights: Tensors, gradients: Tensors, moments: Mapping[str, Tensors], step: int, dtype: str) -> Tensors:
-    """One update of AdamW from given gradients.
-
-    Args:
-        cfg: the run, without clipping.
-        weights: before the update, by the names of the reference's parameters, as are the gradients and both moments.
-        gradients: what to update with.
-        moments: "exp_avg" and "exp_avg_sq" before the update.
-        step: the updates made before.
-        dtype: the precision.
-
-    Returns:
-        "parameter/...", "exp_avg/..." and "exp_avg_sq/..." after it.
-    """
+def adamw(cfg: TrainConfig, weights: Tensors, gradients: Tensors, moments: Moments, step: int, dtype: str) -> Tensors:
+    """One update of AdamW from given gradients."""
     model = build(cfg.model, weights, dtype)
     optimizer = make_optimizer(model, cfg)
     _set_gradients(model, gradients)
@@ -90,30 +64,19 @@ def adamw(cfg: TrainConfig, weights: Tensors, gradients: Tensors, moments: Mappi
 def train(
     cfg: TrainConfig, weights: Tensors, batches: Sequence[Batch], dtype: str, masks: Sequence[Tensors] | None = None
 ) -> tuple[Tensors, list[Tensors]]:
-    """Train on these batches, one an update, from these weights.
-
-    Args:
-        cfg: the run; its dropout is on if its rate is above 0.
-        weights: to begin with.
-        batches: one for each update.
-        dtype: the precision.
-        masks: what dropout keeps, for each update; None: torch draws, from `cfg.seed`.
-
-    Returns:
-        Losses and gradient norms of all updates, and the parameters and moments after the last; and the masks that were used.
-    """
+    """Train on these batches with these masks, or with those that torch draws."""
     model = build(cfg.model, weights, dtype)
     optimizer = make_optimizer(model, cfg)
-    values, used = [], []
+    metrics, kept = [], []
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
         for step, batch in enumerate(batches):
             replaying = recorded_masks(model) if masks is None else replayed_masks(model, masks[step])
-            with replaying as kept, _autocast(dtype):  # anew each time: autocast remembers the weights that it has cast
-                values.append(train_step(model, optimizer, tuple(map(torch.from_numpy, batch)), step, cfg))
-            used.append(kept)
-    losses, norms = np.array(values).T
-    return {"loss": losses, "grad_norm": norms, **_after(model, optimizer)}, used
+            with replaying as step_masks, _autocast(dtype):  # anew each time: autocast remembers the weights that it has cast
+                metrics.append(train_step(model, optimizer, tuple(map(torch.from_numpy, batch)), step, cfg))
+            kept.append(step_masks)
+    traces = dict(zip(("loss", "grad_norm"), np.array(metrics).T, strict=True))
+    return traces | _after(model, optimizer), kept
 
 
 def generate(
@@ -123,22 +86,23 @@ def generate(
     new_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
-    noise: Callable[[int], np.ndarray] | None = None,
+    noise: Noise | None = None,
 ) -> np.ndarray:
-    """Continue prompts in float32, drawing with this noise (t -> (B, V)); token ids (B, T + new_tokens)."""
+    """Continue prompts, drawing with this noise."""
     model = build(cfg, weights, "float32").eval()
     options = {"temperature": temperature, "top_k": top_k, "noise": noise}
     return generation.generate(model, torch.from_numpy(prompt_BT), new_tokens, cfg.context_length, **options).numpy()
 
 
-def draw(logits_BV: np.ndarray, temperature: float, top_k: int | None, noise: Callable[[int], np.ndarray]) -> np.ndarray:
-    """One token for each row of logits, drawn with this noise of token 0."""
+def draw(logits_BV: np.ndarray, temperature: float, top_k: int | None, noise: Noise) -> np.ndarray:
+    """One token for each row of logits, drawn with this noise."""
     nothing = torch.zeros(len(logits_BV), 0, dtype=torch.int64)
-    processed_BV = process_logits(torch.from_numpy(logits_BV), nothing, nothing, SamplingConfig(temperature=temperature, top_k=top_k))
-    return (processed_BV + torch.tensor(noise(0))).argmax(dim=-1).numpy()
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k)
+    processed_BV = process_logits(torch.from_numpy(logits_BV), nothing, nothing, sampling)
+    return choose(processed_BV, sampling, noise, t=0).numpy()
 
 
-def build(cfg: GPTConfig, weights: Mapping[str, Any], dtype: str) -> GPTModel:
+def build(cfg: GPTConfig, weights: Mapping[str, np.ndarray], dtype: str) -> GPTModel:
     """A model with these weights, float64 or (also for bfloat16) float32; the global generator stays as it was."""
     with torch.random.fork_rng():
         model = GPTModel(cfg).to(torch.float64 if dtype == "float64" else torch.float32)
@@ -206,7 +170,7 @@ def _dropouts(model: GPTModel) -> list[tuple[str, nn.Dropout]]:
 
 
 @contextlib.contextmanager
-def _removed_after(hooks: list[Any]) -> Iterator[None]:
+def _removed_after(hooks: list[RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -214,7 +178,7 @@ def _removed_after(hooks: list[Any]) -> Iterator[None]:
             hook.remove()
 
 
-def _autocast(dtype: str) -> contextlib.AbstractContextManager[Any]:
+def _autocast(dtype: str) -> contextlib.AbstractContextManager[None]:
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
 
 
