@@ -39,12 +39,13 @@ class LoadedRun(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_run(folder: Path) -> LoadedRun:
-    """The newest weights of a run folder, be it of this trainer or of the reference's.
+def load_run(folder: Path | str) -> LoadedRun:
+    """The newest weights of a run folder, be it of this trainer or of the reference's, with what they need to be of use.
 
     Raises:
         InputError: it is not a run folder, or has no checkpoint that fits its config.
     """
+    folder = Path(folder)
     cfg, tokenizer = load_config(folder), load_tokenizer(folder / TOKENIZER)
     weights = folder / CHECKPOINTS / TORCH_WEIGHTS
     if weights.is_file():

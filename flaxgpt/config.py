@@ -1,8 +1,8 @@
-"""What a model is and how a run trains it: two frozen dataclasses and their presets. No framework here.
+"""What a model is, how a run trains it, and how a token is chosen: three frozen dataclasses. No framework here.
 
-Shape suffixes used throughout the project, one letter a dimension:
-B batch, T query position, S key position, D emb_dim, N heads, H head size (D / N),
-F feed-forward width (4 D), V vocabulary, L layer, K alternatives of a token, Z rows and heads as one axis (B N).
+Shape suffixes throughout the project, one letter a dimension:
+B batch, T query position, S key position, D emb_dim, N heads, H head size (D / N), E all heads side by side (N H = D),
+F feed-forward width (4 D), V vocabulary, C context length, L layer, K alternatives of a token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flaxgpt.presets import PRESETS
 
 
 class _Config:
-    """JSON round trip, replacement and checking of types, shared by both configurations."""
+    """JSON round trip, replacement and checking of types, shared by the three."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, ready for `json.dumps`; `from_dict` is the inverse."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -10,6 +10,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxgpt.errors import InputError
+from flaxgpt.types import Batch
+
+Tree = TypeVar("Tree")
 
 # Every weight matrix is split along D, which fsdp divides (TrainConfig checks it); vectors are small and copied. The paths are those of
 # flaxgpt.convert.names, in its order, and with them those of the moments in the optimizer's state, which have the same shapes.
@@ -50,7 +53,7 @@ def make_mesh(fsdp: int = 1) -> Mesh:
     return Mesh(np.asarray(devices).reshape(-1, fsdp), ("data", "fsdp"))
 
 
-def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+def state_shardings(abstract_state: Tree, mesh: Mesh) -> Tree:
     """The NamedSharding of every leaf of a train state (or of its parameters): PARTITIONS by path; counts and keys are copied."""
 
     def sharding(path: tuple[Any, ...], _: Any) -> NamedSharding:
@@ -60,7 +63,7 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, abstract_state)
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
+def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Host arrays (B, ...) -> global device arrays, rows split over all devices (copied where B does not divide).
 
     Every host computes the same batch and hands over the rows of its own devices: nothing is sent between hosts.

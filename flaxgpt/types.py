@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
-Params: TypeAlias = "Mapping[str, Params | jax.Array | np.ndarray]"
-"""The model's parameters, or anything shaped like them: nested dicts of arrays, those of the blocks stacked along a leading L axis."""
+Params: TypeAlias = "Mapping[str, Params | tuple[Params, ...] | jax.Array | np.ndarray]"
+"""The model's parameters, or anything shaped like them: nested dicts of arrays, those of the blocks stacked along a leading L axis
+(or, as `flaxgpt.generation.decode.unstack` returns them, a tuple of the blocks)."""
 
 Batch: TypeAlias = "tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]"
 """inputs_BT and targets_BT, int32; the targets are the inputs one token later."""

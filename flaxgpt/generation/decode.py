@@ -42,7 +42,7 @@ class State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def unstack(params: Any, cfg: GPTConfig) -> Any:
+def unstack(params: Params, cfg: GPTConfig) -> Params:
     """Parameters as decoding reads them: a tuple of blocks, matrices in the compute dtype.
 
     A slice of a stacked array is copied before it is multiplied, and so is one that is converted: done once here, it is not
@@ -52,7 +52,7 @@ def unstack(params: Any, cfg: GPTConfig) -> Any:
     def convert(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         return x.astype(cfg.dtype) if path[-1].key in ("kernel", "embedding") else jnp.asarray(x)
 
-    def block(i: int) -> Any:
+    def block(i: int) -> Params:
         return jax.tree.map(lambda x: x[i], params["trf_blocks"])
 
     params = jax.tree_util.tree_map_with_path(convert, params)
