@@ -1,5 +1,7 @@
 import json
 import signal
+import tarfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ from flaxgpt.config import TrainConfig
 from flaxgpt.data.loader import train_batches
 from flaxgpt.model import forward
 from flaxgpt.optim import make_optimizer
-from flaxgpt.run.folder import COLUMNS, read_metrics
+from flaxgpt.run.folder import COLUMNS, load_config, read_metrics
 from flaxgpt.run.log import RunLog
 from flaxgpt.run.setup import prepare
 from flaxgpt.state import init_state
@@ -20,6 +22,7 @@ from flaxgpt.step import make_train_step
 from flaxgpt.train import train
 from torch_ref.train import train as train_torch
 
+DATA = Path(__file__).parent / "data"
 TEXT = "the cat sat on the mat and the dog sat on the log; " * 40
 CONFIG = TrainConfig(
     model=SMALL.replace(drop_rate=0.2),
@@ -229,3 +232,17 @@ def test_random_weights_of_a_run_depend_on_its_seed():
     a, b = (init_state(CONFIG.replace(seed=s), tx).params["tok_emb"]["embedding"] for s in (1, 2))
     assert not np.array_equal(a, b)
     assert random_pair(SMALL)[1].keys() == init_state(CONFIG, tx).params.keys()
+
+
+def test_a_run_of_an_earlier_version_resumes_where_it_stopped(private_cache, tmp_path, monkeypatch):
+    """Version 0.1.0, before files moved, made 6 of 12 updates, dropout and accumulation on; whole, it came to these losses."""
+    with tarfile.open(DATA / "run-0.1.0.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)  # its config names its text relative to here
+    assert load_run("run").params["tok_emb"]["embedding"].shape == (14, 8)
+    config = load_config(Path("run")).replace(max_steps=12)
+    state = run_to_the_end(config, Path("run"), resume=True)
+    assert int(state.step) == 12
+    losses = {r["step"]: (r["train/loss"], r["val/loss"]) for r in read_metrics(Path("run")) if "val/loss" in r}
+    assert losses[10] == pytest.approx((2.3970494270324707, 2.3980743885040283), rel=1e-6)
+    assert losses[11] == pytest.approx((2.3947911262512207, 2.3960561752319336), rel=1e-6)
