@@ -12,7 +12,7 @@ from flaxgpt.config import GPTConfig
 
 
 class LayerCache(NamedTuple):
-    """One block's keys and values, for S slots of each row, and what the block must know to add T tokens and attend to all of them."""
+    """One block's keys and values, for S slots of each row, and what it needs to add T tokens, each attending to the slots it can see."""
 
     k_BNSH: jax.Array
     v_BNSH: jax.Array
@@ -62,8 +62,8 @@ class Cache(NamedTuple):
         visible_B1TS = self.visible_BTS(T)[:, None]
         return [LayerCache(k_BNSH, v_BNSH, self.filled, visible_B1TS) for k_BNSH, v_BNSH in self.kv]
 
-    def extended(self, layers: Sequence[LayerCache]) -> Cache:
-        """The cache of the blocks as they returned their parts of it."""
+    def with_layers(self, layers: Sequence[LayerCache]) -> Cache:
+        """The cache made of what the blocks returned, T tokens longer."""
         T = layers[0].visible_B1TS.shape[2]
         return Cache(tuple((layer.k_BNSH, layer.v_BNSH) for layer in layers), self.first_B, self.filled + T)
 

@@ -26,7 +26,7 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and a read that fails
 
 
 class LoadedRun(NamedTuple):
-    """What a trained run comes down to.
+    """A trained run.
 
     Attributes:
         params: float32, on the default device.
@@ -40,7 +40,7 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(folder: Path | str) -> LoadedRun:
-    """The newest weights of a run folder, be it of this trainer or of the reference's, with what they need to be of use.
+    """The newest weights of a run folder, written by either trainer, with its config and tokenizer.
 
     Raises:
         InputError: it is not a run folder, or has no checkpoint that fits its config.

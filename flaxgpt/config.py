@@ -87,7 +87,7 @@ class GPTConfig(_Config):
 
     @classmethod
     def preset(cls, name: str) -> GPTConfig:
-        """The model of a named preset (see PRESETS).
+        """The model of a named preset (see `flaxgpt.presets`).
 
         Raises:
             InputError: there is no such preset.
@@ -210,7 +210,7 @@ class TrainConfig(_Config):
 
     @classmethod
     def preset(cls, name: str) -> TrainConfig:
-        """The run of a named preset (see PRESETS).
+        """The run of a named preset (see `flaxgpt.presets`).
 
         Raises:
             InputError: there is no such preset.

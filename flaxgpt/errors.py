@@ -4,6 +4,6 @@
 class InputError(ValueError):
     """A value, file or flag from outside is unusable; the message says what was wrong and what to do.
 
-    The library raises it like any ValueError; the scripts print its one line and exit with code 2
-    (`flaxgpt.run.cli`). Any other exception is a bug of ours and keeps its traceback.
+    The library raises it like any ValueError; the scripts exit with code 2 and its message, in one line (`flaxgpt.run.cli`) or,
+    where flags do not make a valid config, in tyro's frame. Any other exception is a bug of ours and keeps its traceback.
     """

@@ -159,10 +159,11 @@ INITIALISERS: dict[str, tuple[Callable[[GPTConfig], Initializer], Callable[[GPTC
 def tapped(points: Collection[str]) -> AbstractContextManager[None]:
     """Within it, `GPT(cfg).apply` gives and takes activations at these points of the forward pass.
 
-    A point is a module's path and "input" or "output", for instance "trf_blocks/norm1/output": the first argument of its call,
-    or the (first) result. With `mutable=["taps"]`, the activation comes back in that collection at the point's path. An array of
-    its shape in the collection "perturbations" at that path is added to it, so the gradient with respect to that array is the
-    gradient with respect to the activation. The model is not changed by it, nor is anything traced outside.
+    A point is a module's path and "input" or "output", for instance "trf_blocks/norm1/output": the first positional argument of
+    its call, or the (first) result. With `mutable=["taps"]`, the activation comes back in that collection at the point's path. An
+    array of its shape in the collection "perturbations" at that path is added to it, so the gradient with respect to that array is
+    the gradient with respect to the activation. The model is not changed by it, nor is anything traced outside.
+    `torch_ref.parity.torch_side.tapped` is its twin, made of hooks.
     """
 
     def tap(module: nn.Module, end: Literal["input", "output"], x: Any) -> Any:
@@ -174,7 +175,7 @@ def tapped(points: Collection[str]) -> AbstractContextManager[None]:
         return x
 
     def intercept(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
-        if context.method_name != "__call__":
+        if context.method_name != "__call__" or not args:
             return call(*args, **kwargs)
         x, *others = args
         result = call(tap(context.module, "input", x), *others, **kwargs)

@@ -33,7 +33,7 @@ def make_schedule(cfg: TrainConfig) -> optax.Schedule:
         decay_steps=cfg.total_decay_steps,
         end_value=cfg.final_learning_rate,
     )
-    return lambda step: schedule(1.0 * step)  # of an int32, Optax makes a float32 rate, even where float64 is at work
+    return lambda step: schedule(1.0 * step)  # of an int32, Optax makes a float32 rate even when x64 is on
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
@@ -64,5 +64,5 @@ def adam_state(opt_state: optax.OptState) -> optax.ScaleByAdamState:
 
 
 def with_adam_state(opt_state: optax.OptState, mu: Params, nu: Params, step: int | jax.Array) -> optax.OptState:
-    """The state in which Adam has these moments, and everything counts so many updates."""
+    """The optimizer's state with these moments, and `step` as every count."""
     return optax.tree.set(opt_state, mu=mu, nu=nu, count=jnp.int32(step))

@@ -1,4 +1,4 @@
-"""Models and runs that have a name: what differs from the defaults of GPTConfig and TrainConfig. No imports here."""
+"""Models and runs that have a name: what differs from the defaults of GPTConfig and TrainConfig."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def state_shardings(abstract_state: Tree, mesh: Mesh) -> Tree:
 
     def sharding(path: tuple[Any, ...], _: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, next((spec for path, spec in PARTITIONS.items() if f"/{name}".endswith(f"/{path}")), P()))
+        return NamedSharding(mesh, next((spec for row, spec in PARTITIONS.items() if f"/{name}".endswith(f"/{row}")), P()))
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_state)
 

@@ -1,4 +1,4 @@
-"""TrainState, the whole of what training changes: its creation, sharded from the first moment, and its form in the reference."""
+"""TrainState, everything that training changes: how it is created, sharded from the start, and converted to and from torch's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TrainState:
 
 def init_state(cfg: TrainConfig, tx: optax.GradientTransformation) -> TrainState:
     """A pure function of the config: the state before the first update."""
-    init_key, run_key = jax.random.split(jax.random.key(cfg.seed))
+    init_key, run_key = seed_keys(cfg.seed)
     params = init_params(cfg.model, init_key)
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), run_key)
 
@@ -54,6 +54,12 @@ def create_state(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh)
 def abstract_state(cfg: TrainConfig, tx: optax.GradientTransformation) -> TrainState:
     """Shapes and dtypes of `init_state`, nothing computed."""
     return jax.eval_shape(lambda: init_state(cfg, tx))
+
+
+def seed_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """Two typed PRNG keys: of the initial parameters, and of everything drawn in the run."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    return init_key, run_key
 
 
 def count_params(params: Params) -> int:
@@ -82,8 +88,8 @@ def state_from_torch(state_dict: Mapping[str, Any], optimizer_state: Mapping[str
     mu, nu = (from_torch(moments[part], cfg.model) for part in MOMENTS)
     tx = make_optimizer(cfg)
     opt_state = with_adam_state(tx.init(params), mu, nu, step)
-    key = jax.jit(lambda: init_state(cfg, tx).key)()
-    return jax.tree.map(jnp.asarray, TrainState(jnp.int32(step), params, opt_state, key))
+    _, run_key = seed_keys(cfg.seed)
+    return jax.tree.map(jnp.asarray, TrainState(jnp.int32(step), params, opt_state, run_key))
 
 
 def state_to_torch(state: TrainState, cfg: TrainConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

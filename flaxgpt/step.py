@@ -19,9 +19,11 @@ Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
-    model: GPTConfig, tx: optax.GradientTransformation, grad_accum_steps: int = 1
+    cfg: GPTConfig, tx: optax.GradientTransformation, grad_accum_steps: int = 1
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """One update: (state, (inputs_BT, targets_BT)) -> (state, metrics), `loss` in nats per token and `grad_norm` before clipping.
+    """The function that makes one update: (state, (inputs_BT, targets_BT)) -> (state, metrics).
+
+    Metrics are `loss`, in nats per token, and `grad_norm`, before clipping.
 
     An optional third argument holds dropout masks to be taken in place of drawing any (see `flaxgpt.layers.Dropout`), with
     accumulation those of each microbatch along a leading axis. That is how a run of another implementation is replayed.
@@ -31,7 +33,7 @@ def make_train_step(
         inputs_BT, targets_BT = batch
         # Not both: a mask that was forgotten is then an error, not a draw.
         randomness = {"dropout_key": dropout_key} if dropout_masks is None else {"dropout_masks": dropout_masks}
-        return next_token_loss(forward(params, model, inputs_BT, **randomness), targets_BT)
+        return next_token_loss(forward(params, cfg, inputs_BT, **randomness), targets_BT)
 
     value_and_grad = accumulated(jax.value_and_grad(loss_fn), grad_accum_steps)
 
@@ -47,15 +49,15 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model: GPTConfig) -> Callable[[Params, Batch], jax.Array]:
-    """One evaluation: (params, (inputs_BT, targets_BT)) -> mean loss without dropout.
+def make_eval_step(cfg: GPTConfig) -> Callable[[Params, Batch], jax.Array]:
+    """The function that evaluates one batch: (params, (inputs_BT, targets_BT)) -> mean loss, without dropout.
 
     It returns a number and changes nothing, where `torch_ref.step.evaluate_model` moves the global generator.
     """
 
     def eval_step(params: Params, batch: Batch) -> jax.Array:
         inputs_BT, targets_BT = batch
-        return next_token_loss(forward(params, model, inputs_BT), targets_BT)
+        return next_token_loss(forward(params, cfg, inputs_BT), targets_BT)
 
     return eval_step
 

@@ -57,7 +57,7 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
         start = int(state.step)
         if start >= cfg.max_steps:
             raise InputError(f"{log.out_dir} has made its {start} updates: pass a larger --max-steps to go on")
-        log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=describe_devices(cfg, mesh))
+        log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=describe_devices(cfg, mesh), resume=resume)
         unreported: tuple[int, Metrics] | None = None
         for step in range(start, cfg.max_steps):
             state, metrics = train_step(state, sharding.shard_batch(batches[step], mesh))

@@ -91,8 +91,7 @@ _CLIP = "return torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm
 _CLIP_VALUE = """norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
     torch.nn.utils.clip_grad_value_(model.parameters(), cfg.clip_norm)
     return norm"""
-_RATE = """make_schedule(cfg)(step)
-    optimizer.step()"""
+_RATE = "rate = make_schedule(cfg)(step)"
 _BLOCK = "out_BTD = self.att(self.norm1(x_BTD), use_cache)"
 _ABOVE = "logits_BV < kth_B1"
 _ABOVE_TORCH = "logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)"
@@ -172,8 +171,8 @@ BUGS = (
         "positions off by one",
         "activations",
         _TORCH,
-        "torch.arange(first, T, device=tokens_BT.device)",
-        "torch.arange(1, T + 1) % T",
+        "torch.arange(first, S, device=tokens_BT.device)",
+        "torch.arange(1, S + 1) % S",
         "embedding",
     ),
     Bug("head tied when it should not be", "activations", _FLAX, "if self.cfg.tie_embeddings:", "if True:"),

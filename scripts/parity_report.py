@@ -72,11 +72,11 @@ def main() -> None:
     import time
 
     from flaxgpt.parity import report
-    from flaxgpt.parity.ladder import climb
+    from flaxgpt.parity.ladder import RUNGS, climb, select_rungs
     from flaxgpt.parity.problem import make_problem
     from flaxgpt.run.folder import write_text
 
-    rungs = _rungs(args.rungs)
+    rungs = select_rungs(args.rungs or RUNGS)
     _check(args)
     ours, theirs, environment = _sides(args.device)
     cfg, weights, moments, source = _model(args)
@@ -103,16 +103,6 @@ def main() -> None:
             write_text(args.html, report.to_html(results, about, plot if report.save_plot(results, plot) else None))
     if not all(result.passed for result in results):
         sys.exit(1)
-
-
-def _rungs(wanted: tuple[str, ...]) -> list[str]:
-    from flaxgpt.parity.ladder import RUNGS
-
-    by_number = {str(i): name for i, name in enumerate(RUNGS, 1)}
-    named = {by_number.get(rung, rung) for rung in wanted} or set(RUNGS)
-    if unknown := [rung for rung in named if rung not in RUNGS]:
-        raise InputError(f"rungs: {', '.join(unknown)} is none of {', '.join(f'{i} {name}' for i, name in by_number.items())}")
-    return [rung for rung in RUNGS if rung in named]
 
 
 def _check(args: ReportArgs) -> None:

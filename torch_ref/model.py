@@ -58,18 +58,18 @@ class GPTModel(nn.Module):
         """float32 logits_BTV of the token after each position.
 
         Raises:
-            ValueError: T (and the tokens in the cache) is larger than the context length.
+            ValueError: T and the tokens in the cache are more than the context length.
         """
         first = self.n_cached if use_cache else 0
-        T = first + tokens_BT.shape[1]
-        if T > self.cfg.context_length:
-            raise ValueError(f"{T} tokens do not fit in context_length={self.cfg.context_length}; crop them to the last ones")
-        x_BTD = self.tok_emb(tokens_BT) + self.pos_emb(torch.arange(first, T, device=tokens_BT.device))
+        S = first + tokens_BT.shape[1]
+        if S > self.cfg.context_length:
+            raise ValueError(f"{S} tokens do not fit in context_length={self.cfg.context_length}; crop them to the last ones")
+        x_BTD = self.tok_emb(tokens_BT) + self.pos_emb(torch.arange(first, S, device=tokens_BT.device))
         x_BTD = self.drop_emb(x_BTD)
         for block in self.trf_blocks:
             x_BTD = block(x_BTD, use_cache)
         if use_cache:
-            self.n_cached = T
+            self.n_cached = S
         return self.out_head(self.final_norm(x_BTD))
 
     def reset_kv_cache(self) -> None:

@@ -41,6 +41,7 @@ def clip_gradients_(model: GPTModel, cfg: TrainConfig) -> float:
 
 def apply_gradients_(optimizer: torch.optim.AdamW, step: int, cfg: TrainConfig) -> None:
     """Let the optimizer make update `step`, counted from 0, at the schedule's rate."""
+    rate = make_schedule(cfg)(step)
     for group in optimizer.param_groups:
-        group["lr"] = make_schedule(cfg)(step)
+        group["lr"] = rate
     optimizer.step()

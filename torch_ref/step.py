@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 
 import torch
-from torch.utils.data import DataLoader
 
 from flaxgpt.config import TrainConfig
 from torch_ref.data.loader import Batch
@@ -29,17 +29,18 @@ def train_step(model: GPTModel, optimizer: torch.optim.AdamW, batch: Batch, step
     return loss, grad_norm
 
 
-def microbatches(batch: Batch, size: int) -> list[tuple[float, torch.Tensor, torch.Tensor]]:
-    """The batch in parts of at most `size` rows, each with its share of the batch: the weight of its mean in the batch's."""
-    inputs_BT, targets_BT = batch
-    parts = zip(inputs_BT.split(size), targets_BT.split(size), strict=True)
-    return [(len(inputs) / len(inputs_BT), inputs, targets) for inputs, targets in parts]
+def evaluate_model(model: GPTModel, train_loader: Iterable[Batch], val_loader: Iterable[Batch], cfg: TrainConfig) -> tuple[float, float]:
+    """Training and validation loss over `cfg.eval_batches` batches each, dropout off; leaves the model in `eval()` mode.
+
+    It moves the global generator, from which the loaders draw, where `flaxgpt.step.make_eval_step` only returns a number.
+    """
+    model.eval()
+    train_loss, val_loss = (calc_loss_loader(model, loader, cfg.eval_batches, cfg.microbatch_size) for loader in (train_loader, val_loader))
+    return train_loss, val_loss
 
 
 @torch.no_grad()
-def calc_loss_loader(
-    model: GPTModel, loader: DataLoader[Batch], num_batches: int | None = None, microbatch_size: int | None = None
-) -> float:
+def calc_loss_loader(model: GPTModel, loader: Iterable[Batch], num_batches: int | None = None, microbatch_size: int | None = None) -> float:
     """Mean loss over the first `num_batches` batches (all, if there are fewer); nan for a loader without any."""
     losses = []
     for batch in itertools.islice(loader, num_batches):
@@ -48,13 +49,8 @@ def calc_loss_loader(
     return sum(losses) / len(losses) if losses else math.nan
 
 
-def evaluate_model(
-    model: GPTModel, train_loader: DataLoader[Batch], val_loader: DataLoader[Batch], cfg: TrainConfig
-) -> tuple[float, float]:
-    """Training and validation loss over `cfg.eval_batches` batches each, dropout off; leaves the model in `eval()` mode.
-
-    It moves the global generator, from which the loaders draw, where `flaxgpt.step.make_eval_step` only returns a number.
-    """
-    model.eval()
-    train_loss, val_loss = (calc_loss_loader(model, loader, cfg.eval_batches, cfg.microbatch_size) for loader in (train_loader, val_loader))
-    return train_loss, val_loss
+def microbatches(batch: Batch, size: int) -> list[tuple[float, torch.Tensor, torch.Tensor]]:
+    """The batch in parts of at most `size` rows, each with its share of the batch: the weight of its mean in the batch's."""
+    inputs_BT, targets_BT = batch
+    parts = zip(inputs_BT.split(size), targets_BT.split(size), strict=True)
+    return [(len(inputs) / len(inputs_BT), inputs, targets) for inputs, targets in parts]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
 from flaxgpt.config import TrainConfig
@@ -12,7 +10,7 @@ from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.run.folder import CHECKPOINTS, TORCH_WEIGHTS
 from flaxgpt.run.log import RunLog, check_loss
 from torch_ref.checkpoint import save_model
-from torch_ref.data.loader import create_dataloaders
+from torch_ref.data.loader import create_dataloaders, endless
 from torch_ref.generation.generate import generate_text_simple
 from torch_ref.model import GPTModel, init_model
 from torch_ref.optim import make_optimizer, make_schedule
@@ -35,7 +33,7 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog) -> GPTModel:
         InputError: the splits are too short for the config, or the loss is not finite.
     """
     train_loader, val_loader = create_dataloaders(corpus.train, corpus.val, cfg)
-    batches = itertools.chain.from_iterable(itertools.repeat(train_loader))  # epoch after epoch, each shuffled when it begins
+    batches = endless(train_loader)
     torch.manual_seed(cfg.seed)
     model = init_model(cfg.model)
     optimizer, schedule = make_optimizer(model, cfg), make_schedule(cfg)

@@ -18,7 +18,7 @@ from flaxgpt.types import Params
 StateDict = dict[str, np.ndarray]
 
 
-def from_torch(state_dict: Mapping[str, ArrayLike], cfg: GPTConfig, dtype: DTypeLike = np.float32) -> dict[str, Any]:
+def from_torch(state_dict: Mapping[str, ArrayLike], cfg: GPTConfig, dtype: DTypeLike = np.float32) -> Params:
     """The parameters of `flaxgpt.model.GPT` from a state_dict of `torch_ref.model.GPTModel`.
 
     Args:
@@ -136,7 +136,7 @@ def per_layer(tree: Params, cfg: GPTConfig) -> StateDict:
     return named
 
 
-def stacked(named: Mapping[str, ArrayLike], cfg: GPTConfig) -> dict[str, Any]:
+def stacked(named: Mapping[str, ArrayLike], cfg: GPTConfig) -> Params:
     """The inverse of `per_layer`."""
     tree: dict[str, Any] = {}
     for path in dict.fromkeys(map(module_path, named)):

@@ -17,7 +17,7 @@ from flaxgpt.types import Params
 
 
 class Scores(NamedTuple):
-    """What the model itself thought, before any processor: natural logarithms of probabilities, for each new token."""
+    """The model's own log-probabilities, before any processor, for each new token (natural logarithms)."""
 
     log_probs_BT: jax.Array
     top_ids_BTK: jax.Array
@@ -72,7 +72,7 @@ def next_logits(params: Params, cfg: GPTConfig, tokens_BT: jax.Array, cache: Cac
     for block, layer in zip(params["trf_blocks"], cache.layers(T), strict=True):
         x_BTD, layer = TransformerBlock(cfg).apply({"params": block}, x_BTD, layer)
         layers.append(layer)
-    return model.apply({"params": outside}, x_BTD, method="last_logits"), cache.extended(layers)
+    return model.apply({"params": outside}, x_BTD, method="last_logits"), cache.with_layers(layers)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "room", "num_samples", "top_log_probs"))
@@ -139,7 +139,16 @@ def decode(
 
     While the longest row fits in the context, a token costs one pass over itself and the cache. After that the window
     slides: every token's position changes at every step, and with it every key and value, so a token costs a pass over
-    the window, and the cache is left as it is. Arguments are those of `prefill`.
+    the window, and the cache is left as it is.
+
+    Args:
+        params: as in `prefill`.
+        cfg: the model's config.
+        state: what `prefill` or this returned; donated.
+        until: the number of new tokens to reach.
+        chain: the processors.
+        keys_B: a key for each row; None is greedy.
+        eos_id: the token that ends a row, or -1.
     """
     C, T, first_B = cfg.context_length, state.prompt_BT.shape[1], state.cache.first_B
 

@@ -60,7 +60,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Result:
-    """A rung of the ladder, climbed."""
+    """What a rung of the ladder measured."""
 
     rung: str
     rows: tuple[Measurement, ...]

@@ -1,6 +1,6 @@
 """What flaxgpt computes, as NumPy arrays by the reference's names: the functions of `flaxgpt.parity.side.SeededSide`.
 
-`torch_ref.parity.torch_side` is its twin.
+`torch_ref.parity.torch_side` is its twin; that of `replay` is `torch_ref.parity.replay.recorded_run`.
 """
 
 from __future__ import annotations

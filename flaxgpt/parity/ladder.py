@@ -37,19 +37,30 @@ def climb(
         ours: `flaxgpt.parity.flax_side`, or what stands in for it.
         theirs: `torch_ref.parity.torch_side`, or what stands in for it.
         problem: what both are given.
-        rungs: some of RUNGS.
+        rungs: some of RUNGS, by name or number.
         dtype: the precision under test: "float32", "bfloat16" or "float64".
 
     Raises:
         InputError: there is no such rung.
     """
-    if unknown := [rung for rung in rungs if rung not in RUNGS]:
-        raise InputError(f"rungs: {', '.join(unknown)} is none of {', '.join(f'{i} {name}' for i, name in enumerate(RUNGS, 1))}")
     ladder = Ladder(ours, theirs, problem, dtype)
-    for rung in rungs:
+    for rung in select_rungs(rungs):
         started = time.perf_counter()
         rows = tuple(_bounded(row, rung, dtype) for row in getattr(ladder, rung)())
         yield Result(rung, rows, time.perf_counter() - started)
+
+
+def select_rungs(wanted: Sequence[str]) -> list[str]:
+    """The rungs with these names or numbers, in their order.
+
+    Raises:
+        InputError: there is no such rung.
+    """
+    by_number = {str(i): name for i, name in enumerate(RUNGS, 1)}
+    names = [by_number.get(rung, rung) for rung in wanted]
+    if unknown := [name for name in names if name not in RUNGS]:
+        raise InputError(f"rungs: {', '.join(unknown)} is none of {', '.join(f'{i} {name}' for i, name in by_number.items())}")
+    return [rung for rung in RUNGS if rung in names]
 
 
 class Ladder:

@@ -1,1 +1,1 @@
-"""A run on this machine: its folder, what is checked first, the terminal and the pictures."""
+"""A run on this machine: what is checked first, its folder, its log, the terminal, the picture and the command line."""

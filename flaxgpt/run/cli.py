@@ -1,6 +1,6 @@
 """Command lines: a training run as flags, and one clear line and exit code 2 for what a person can mend.
 
-What is wrong with a flag itself (its name, its value) is said by tyro, in its own frame, with the same exit code.
+What is wrong with a flag, or with the config that the flags make, is reported by tyro, in its own frame and with the same exit code.
 """
 
 from __future__ import annotations

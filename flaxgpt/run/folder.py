@@ -47,10 +47,10 @@ class RunFolder:
         self.path = path
         self.records: list[Record] = []
 
-    def begin(self, cfg: TrainConfig, corpus: Corpus, step: int) -> None:
-        """Make the folder. A run that begins at update 0 deletes what is in it, a later one only the records from `step` on."""
+    def begin(self, cfg: TrainConfig, corpus: Corpus, step: int, *, resume: bool) -> None:
+        """Make the folder. A new run deletes what is in it, one that is resumed only the records from `step` on."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if step == 0:
+        if not resume:
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
             for name in FILES:
                 (self.path / name).unlink(missing_ok=True)

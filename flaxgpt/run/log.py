@@ -22,7 +22,8 @@ from flaxgpt.run.signals import StopRequest
 class RunLog:
     """`begin` once, `update` after every update, `evaluation` where there is one; `summary` when all is done.
 
-    A context manager: within it, Ctrl-C does no more than set `stop.requested`, which the loop looks at after each update.
+    A context manager: within it, the first Ctrl-C only sets `stop.requested`, which the loop looks at after each update; a second
+    is obeyed at once.
 
     Attributes:
         out_dir: the run folder.
@@ -41,7 +42,7 @@ class RunLog:
         self._terminal.close()
         self.stop.__exit__()
 
-    def begin(self, cfg: TrainConfig, corpus: Corpus, step: int, *, n_params: int, devices: str) -> None:
+    def begin(self, cfg: TrainConfig, corpus: Corpus, step: int, *, n_params: int, devices: str, resume: bool = False) -> None:
         """Training begins at this update: 0, or where the checkpoint was made, and then later records are forgotten.
 
         Args:
@@ -50,9 +51,10 @@ class RunLog:
             step: the first update to come.
             n_params: how many parameters the model has.
             devices: what it is trained on, for the terminal.
+            resume: whether the run folder's contents are this run's; otherwise they are deleted.
         """
         self._cfg = cfg
-        self._folder.begin(cfg, corpus, step)
+        self._folder.begin(cfg, corpus, step, resume=resume)
         self._started = self._logged_at = time.perf_counter()
         self._first, self._logged_step = step, step - 1
         self._acknowledged = False
@@ -66,7 +68,7 @@ class RunLog:
             step: its number, from 0.
             loss: of its batch, in nats per token.
             grad_norm: before clipping.
-            learning_rate: it was made with.
+            learning_rate: the rate it was made with.
         """
         if self.stop.requested and not self._acknowledged:
             self._acknowledged = True

@@ -82,7 +82,7 @@ def check_out_dir(out_dir: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _opening_words(corpus: Corpus) -> str:
-    """Two whole words from the start of the validation text, or its first characters where words are not to be seen."""
+    """Two whole words from the start of the validation text, or its first characters where it has no words."""
     text = corpus.tokenizer.decode(corpus.val[:200].tolist())
     words = re.search(r"\s(\S+\s+\S+)\s", text)
     return words[1] if words else text[:8]

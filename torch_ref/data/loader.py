@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -27,6 +30,11 @@ def create_dataloaders(train_tokens: np.ndarray, val_tokens: np.ndarray, cfg: Tr
         DataLoader(train, cfg.batch_size, shuffle=cfg.shuffle, drop_last=cfg.drop_last),
         DataLoader(val, cfg.batch_size, shuffle=False, drop_last=False),
     )
+
+
+def endless(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Epoch after epoch of batches, each epoch shuffled anew when it begins."""
+    return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
 class WindowDataset(Dataset[Batch]):

@@ -14,7 +14,7 @@ from flaxgpt.config import TrainConfig
 from flaxgpt.data.corpora import Corpus
 from flaxgpt.parity import side
 from flaxgpt.parity.replay import Evaluation, Update
-from torch_ref.data.loader import Batch, create_dataloaders
+from torch_ref.data.loader import Batch, create_dataloaders, endless
 from torch_ref.generation.generate import generate_text_simple
 from torch_ref.model import init_model
 from torch_ref.optim import make_optimizer
@@ -43,8 +43,7 @@ def recorded_run(cfg: TrainConfig, corpus: Corpus, dtype: str = "float32") -> tu
 
     def updates() -> Iterator[Update]:
         optimizer = make_optimizer(model, cfg)
-        epochs = itertools.chain.from_iterable(train_loader for _ in itertools.count())
-        for step, batch in zip(range(cfg.max_steps), epochs, strict=False):
+        for step, batch in zip(range(cfg.max_steps), endless(train_loader), strict=False):
             with recorded_masks(model) as masks:
                 loss, grad_norm = train_step(model, optimizer, batch, step, cfg)
             last = step == cfg.max_steps - 1
