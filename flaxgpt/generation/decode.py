@@ -109,7 +109,7 @@ def prefill(
     logits_BV, cache = next_logits(params, cfg, prompt_BT, Cache.empty(cfg, first_B, slots))
     if num_samples > 1:
         rows = logits_BV, cache, prompt_BT, prompt_seen_BV
-        logits_BV, cache, prompt_BT, prompt_seen_BV = _repeat_rows(rows, len(first_B), num_samples)
+        logits_BV, cache, prompt_BT, prompt_seen_BV = _repeat_rows(rows, num_samples)
     B = prompt_BT.shape[0]
     counts_BV = None if prompt_seen_BV is None else jnp.zeros(prompt_seen_BV.shape, jnp.int32)
     state = State(
@@ -200,9 +200,9 @@ def _add_token(state: State, logits_BV: jax.Array, chain: Chain, keys_B: jax.Arr
     )
 
 
-def _repeat_rows(tree: Any, B: int, times: int) -> Any:
-    """Each of B rows so many times, next to each other; the first axis of an array is B or B * N."""
-    return jax.tree.map(lambda x: jnp.repeat(x.reshape(B, -1), times, axis=0).reshape(-1, *x.shape[1:]) if x.ndim else x, tree)
+def _repeat_rows(tree: Any, times: int) -> Any:
+    """Each row so many times, next to each other; rows are the first axis of every array that has any."""
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0) if x.ndim else x, tree)
 
 
 def _no_scores(B: int, room: int, top_log_probs: int) -> Scores:
