@@ -149,7 +149,7 @@ class MultiHeadAttention(nn.Module):
         B, T, D = x_BTD.shape
         N, H = self.cfg.n_heads, D // self.cfg.n_heads
         q_BNTH, k_BNSH, v_BNSH = (W(x_BTD).reshape(B, T, N, H).swapaxes(1, 2) for W in (self.W_query, self.W_key, self.W_value))
-        visible = jnp.tril(jnp.ones((T, T), bool))
+        visible = jnp.tril(jnp.ones((T, T), bool))  # (T, S); of a cache (B, 1, T, S), since its rows begin at different slots
         if cache is not None:
             cache = cache.extend(k_BNSH, v_BNSH)
             k_BNSH, v_BNSH, visible = cache.k_BNSH, cache.v_BNSH, cache.visible_B1TS
