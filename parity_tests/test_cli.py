@@ -100,7 +100,7 @@ def test_a_flag_that_does_not_fit_is_explained_by_tyro_and_leaves_nothing_behind
 
 
 def test_a_missing_or_foreign_checkpoint_is_one_line(call, tmp_path):
-    refused_by_tyro(call(sample), "--checkpoint")
+    refused(call(sample), "--checkpoint")
     refused(call(sample, "--checkpoint", "absent", "--prompt", "the"), "not a run folder")
     assert call(train_jax, *SMALL_RUN, "--out-dir", "a")[0] == 0
     config = tmp_path / "a" / "config.json"
@@ -131,7 +131,7 @@ def test_a_damaged_checkpoint_is_one_line(call, tmp_path):
     refused(call(sample, "--checkpoint", "a", "--prompt", "the"), "tokenizer")
 
 
-@pytest.mark.parametrize("script", ["train_jax", "train_torch", "sample", "parity_report", "replay", "benchmark"])
+@pytest.mark.parametrize("script", ["train_jax", "train_torch", "sample", "parity_report", "replay", "benchmark", "convert_checkpoint"])
 def test_help_teaches_and_loads_no_framework(script):
     code = f"import sys, runpy; sys.argv = ['{script}.py', '--help']; runpy.run_path(r'{SCRIPTS / script}.py', run_name='__main__')"
     watched = f"""
