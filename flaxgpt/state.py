@@ -47,10 +47,13 @@ def init_state(cfg: TrainConfig, tx: optax.GradientTransformation, params: Param
 
 
 def create_state(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh, params: Params | None = None) -> TrainState:
-    """`init_state`, computed in place on the mesh: no host or device ever holds more than its shards of what is not given."""
+    """`init_state`, computed in place on the mesh: no host or device ever holds more than its shards.
+
+    Parameters that are given are copied: they stay the caller's when the state is donated.
+    """
     shardings = state_shardings(abstract_state(cfg, tx), mesh)
     if params is not None:
-        params = jax.device_put(params, shardings.params, may_alias=False)  # the caller's stay, when the state is donated
+        params = jax.device_put(params, shardings.params)
     return jax.jit(lambda params: init_state(cfg, tx, params), out_shardings=shardings)(params)
 
 
