@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import parity_report
 import pytest
+import replay
 import sample
 import torch
 import train_jax
@@ -450,6 +451,10 @@ def test_a_resumed_fine_tuning_is_bit_for_bit_the_one_that_never_stopped(call, p
 def test_a_run_that_contradicts_its_source_is_refused(call, folders, tmp_path, flags, pattern):
     refused(call(train_jax, "--init-from", folders / "plain", *flags, "--out-dir", "a"), pattern)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_replay_has_no_other_weights_to_start_from(call, folders):
+    refused(call(replay, "--init-from", folders / "plain"), "leave out --init-from")
 
 
 def test_dropout_is_the_sources_unless_a_flag_says_otherwise(folders):

@@ -120,7 +120,7 @@ def _rungs(wanted: tuple[str, ...]) -> list[str]:
 
 def _check(args: ReportArgs) -> None:
     if args.checkpoint and (args.preset or args.state_dict or args.init_from):
-        raise InputError("--checkpoint brings its own config and weights: leave out --preset and --state-dict and --init-from")
+        raise InputError("--checkpoint brings its own config and weights: leave out --preset, --state-dict and --init-from")
     if args.init_from and (args.preset or args.state_dict):
         raise InputError("--init-from brings its own config and weights: leave out --preset and --state-dict")
     if args.n_heads is not None and (args.state_dict is None or args.preset):

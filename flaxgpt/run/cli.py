@@ -40,8 +40,10 @@ class TrainArgs:
 
 
 def parse_train(description: str, args: list[str] | None = None, *, preset: str = "tiny", folder: str = "") -> TrainArgs:
-    """The arguments of a training script: the preset's config (with --init-from, the model of that; with --resume, the run
-    folder's) and the flags on top.
+    """The arguments of a training script: the preset's config (with --resume, the run folder's) and the flags on top.
+
+    With --init-from, the preset's model gives way to that one, which flags may shorten but not change. A run that is resumed has
+    its own weights, and the source is not looked at.
 
     Without these flags, the preset is `preset`, and the run folder `folder` and the preset's name, in runs/.
 
