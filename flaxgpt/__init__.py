@@ -20,9 +20,12 @@ _MODULES = {
     "complete": "generation.generate",
     "complete_text": "generation.text",
     "stream": "generation.text",
+    "load": "checkpoint",
     "load_run": "checkpoint",
     "from_torch": "convert.params",
     "to_torch": "convert.params",
+    "from_huggingface": "convert.huggingface",
+    "to_huggingface": "convert.huggingface",
     "get_tokenizer": "data.tokenizer",
 }
 """Public name -> the module that defines it."""

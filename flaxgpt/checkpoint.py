@@ -1,4 +1,4 @@
-"""Saving and restoring with Orbax: the parameters are an item of their own, so sampling does not read the moments."""
+"""Loading a model, whatever it is; saving and restoring with Orbax, parameters apart from moments, which sampling does not read."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from flaxgpt.config import GPTConfig, TrainConfig
+from flaxgpt.convert.files import Tensors
+from flaxgpt.convert.huggingface import from_huggingface
 from flaxgpt.convert.params import from_torch, shape_faults
 from flaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from flaxgpt.errors import InputError
 from flaxgpt.model import init_params
 from flaxgpt.run.folder import CHECKPOINTS, TOKENIZER, TORCH_WEIGHTS, load_config
+from flaxgpt.run.source import open_source
 from flaxgpt.state import TrainState
 from flaxgpt.types import Params
 
@@ -55,6 +58,36 @@ def load_run(folder: Path | str) -> LoadedRun:
             raise InputError(f"{weights} is damaged ({error})") from None
     with Checkpoints(folder / CHECKPOINTS) as checkpoints:
         return LoadedRun(checkpoints.restore_params(cfg.model), cfg, tokenizer)
+
+
+class LoadedModel(NamedTuple):
+    """What generating and comparing need.
+
+    Attributes:
+        params: float32, on the default device.
+        cfg: the model.
+        tokenizer: what its token ids mean.
+    """
+
+    params: Params
+    cfg: GPTConfig
+    tokenizer: Tokenizer
+
+
+def load(path_or_id: Path | str) -> LoadedModel:
+    """A model, whatever it is: a run folder (of either trainer), a Hugging Face folder, or an id on the Hugging Face hub.
+
+    Args:
+        path_or_id: a folder; or an id such as "openai-community/gpt2", or its short name: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+            distilgpt2. Ids need the extra `hf`; what was downloaded once is in the hub's cache, and HF_HUB_OFFLINE=1 is obeyed.
+
+    Raises:
+        InputError: there is no such model, it is of another kind than flaxgpt computes (all that differs is named), or its files
+            are damaged or pickles.
+    """
+    folder, cfg, tokenizer, is_run = open_source(path_or_id)
+    params = load_run(folder).params if is_run else jax.device_put(from_huggingface(Tensors(folder), cfg))
+    return LoadedModel(params, cfg, tokenizer)
 
 
 class Checkpoints:

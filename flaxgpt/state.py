@@ -39,16 +39,22 @@ class TrainState:
     key: jax.Array
 
 
-def init_state(cfg: TrainConfig, tx: optax.GradientTransformation) -> TrainState:
-    """A pure function of the config: the state before the first update."""
+def init_state(cfg: TrainConfig, tx: optax.GradientTransformation, params: Params | None = None) -> TrainState:
+    """A pure function of the config: the state before the first update, with random parameters if none are given."""
     init_key, run_key = seed_keys(cfg.seed)
-    params = init_params(cfg.model, init_key)
+    params = init_params(cfg.model, init_key) if params is None else params
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), run_key)
 
 
-def create_state(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """`init_state`, computed in place on the mesh: no host or device ever holds more than its shards."""
-    return jax.jit(lambda: init_state(cfg, tx), out_shardings=state_shardings(abstract_state(cfg, tx), mesh))()
+def create_state(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh, params: Params | None = None) -> TrainState:
+    """`init_state`, computed in place on the mesh: no host or device ever holds more than its shards.
+
+    Parameters that are given are copied: they stay the caller's when the state is donated.
+    """
+    shardings = state_shardings(abstract_state(cfg, tx), mesh)
+    if params is not None:
+        params = jax.device_put(params, shardings.params)
+    return jax.jit(lambda params: init_state(cfg, tx, params), out_shardings=shardings)(params)
 
 
 def abstract_state(cfg: TrainConfig, tx: optax.GradientTransformation) -> TrainState:

@@ -25,7 +25,7 @@ from flaxgpt.step import Metrics, make_eval_step, make_train_step
 from flaxgpt.types import Batch, Params
 
 
-def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False) -> TrainState:
+def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False, params: Params | None = None) -> TrainState:
     """Train from the start, or from the run folder's newest checkpoint, to `max_steps` updates.
 
     Update s (from 0) trains on batch s; an evaluation, log line or checkpoint "at step s" comes after that update.
@@ -37,6 +37,7 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
         corpus: its data.
         log: what the results are reported to; its folder takes the checkpoints.
         resume: go on from the newest of them.
+        params: what to start from, if not from random parameters.
 
     Raises:
         InputError: the splits are too short for the config, there is nothing to resume from, or the loss is not finite.
@@ -53,7 +54,7 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
     learning_rates = np.asarray(make_schedule(cfg)(np.arange(cfg.max_steps)))
 
     with Checkpoints(log.out_dir / CHECKPOINTS, keep=cfg.keep_checkpoints) as checkpoints:
-        state = checkpoints.restore(template, shardings) if resume else create_state(cfg, optimizer, mesh)
+        state = checkpoints.restore(template, shardings) if resume else create_state(cfg, optimizer, mesh, params)
         start = int(state.step)
         if start >= cfg.max_steps:
             raise InputError(f"{log.out_dir} has made its {start} updates: pass a larger --max-steps to go on")

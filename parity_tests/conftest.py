@@ -18,6 +18,7 @@ from flaxgpt.data.corpora import cache_dir, download
 from flaxgpt.parity.compare import Result
 from torch_ref.model import GPTModel
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which happens in files of tests
 jax.config.update("jax_default_matmul_precision", "float32")
 # Many tests compile the same small programs; those of one session are shared through this folder.
 jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="flaxgpt-tests-"))

@@ -20,7 +20,8 @@ fsdp, accum = map(int, sys.argv[1:])
 model = GPTConfig(vocab_size=97, context_length=16, emb_dim=32, n_heads=4, n_layers=2, drop_rate=0.1)
 cfg = TrainConfig(model=model, batch_size=16, grad_accum_steps=accum, fsdp=fsdp)
 mesh, tx = make_mesh(fsdp), make_optimizer(cfg)
-state = create_state(cfg, tx, mesh)
+drawn = create_state(cfg, tx, mesh).params
+state = create_state(cfg, tx, mesh, drawn)  # as a run starts from given parameters
 kernel = state.params["trf_blocks"]["ff"]["layers_0"]["kernel"]
 moment = state.opt_state[1][0].mu["trf_blocks"]["ff"]["layers_0"]["kernel"]
 shard = lambda x: list(x.addressable_shards[0].data.shape)
@@ -36,7 +37,7 @@ for _ in range(4):
 after = state.params["trf_blocks"]["ff"]["layers_0"]["kernel"]
 shapes |= dict(after=shard(after), rows=shard(batch[0]))
 as_in_table = all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings)))
-shapes |= dict(as_in_table=as_in_table)
+shapes |= dict(as_in_table=as_in_table, given_kept=not any(x.is_deleted() for x in jax.tree.leaves(drawn)))
 print(json.dumps(dict(devices=jax.device_count(), losses=losses, **shapes)))
 """
 
@@ -60,6 +61,7 @@ def test_eight_devices_train_as_one_does(one, fsdp):
     assert eight["losses"] == pytest.approx(one["losses"], rel=2e-6)
     assert eight["rows"] == [2, 16], "each device has two of the sixteen rows"
     assert eight["kernel"] == eight["moment"] == eight["after"] == [2, 32 // fsdp, 128], "parameters and moments are split along D"
+    assert eight["given_kept"], "the parameters that the run started from were donated with its state"
     assert eight["as_in_table"], "after an update some leaf is laid out otherwise than before: the step would compile again"
 
 

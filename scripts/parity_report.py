@@ -7,6 +7,7 @@ Examples:
   parity_report.py                                     a small model with random weights, all rungs
   parity_report.py --preset verdict-124m --rungs 1 2 3
   parity_report.py --checkpoint runs/tiny --html report.html
+  parity_report.py --init-from gpt2
   parity_report.py --state-dict model.pth --n-heads 12 --plot layers.png --json report.json
   parity_report.py --dtype bfloat16 --device gpu
 """
@@ -33,9 +34,11 @@ class ReportArgs:
     """Which model, how it is compared, and where the findings go."""
 
     preset: str | None = None
-    """A preset's model, with random weights or those of --state-dict. Without any of the first three: tiny."""
+    """A preset's model, with random weights or those of --state-dict. Without any of the first four: tiny."""
     checkpoint: Path | None = None
     """A run folder, of either trainer."""
+    init_from: str | None = None
+    """A Hugging Face folder, an id on its hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 or any other), or a run folder."""
     state_dict: Path | None = None
     """Weights of the reference: safetensors, or torch.save of a state_dict (or of one with its optimizer's, as model_state_dict
     and optimizer_state_dict: then rung 5 also starts from those moments)."""
@@ -106,8 +109,10 @@ def main() -> None:
 
 
 def _check(args: ReportArgs) -> None:
-    if args.checkpoint and (args.preset or args.state_dict):
-        raise InputError("--checkpoint brings its own config and weights: leave out --preset and --state-dict")
+    if args.checkpoint and (args.preset or args.state_dict or args.init_from):
+        raise InputError("--checkpoint brings its own config and weights: leave out --preset, --state-dict and --init-from")
+    if args.init_from and (args.preset or args.state_dict):
+        raise InputError("--init-from brings its own config and weights: leave out --preset and --state-dict")
     if args.n_heads is not None and (args.state_dict is None or args.preset):
         raise InputError("--n-heads goes with --state-dict alone: a preset or a checkpoint brings its own")
     if not 0 <= args.seed < 2**32:
@@ -152,6 +157,11 @@ def _model(args: ReportArgs) -> tuple[TrainConfig, Tensors | None, tuple[int, Mo
 
         params, cfg, _ = load_run(args.checkpoint)
         return cfg, named_parameters(params, cfg.model), None, str(args.checkpoint)
+    if args.init_from:
+        from flaxgpt.checkpoint import load
+
+        params, model, _ = load(args.init_from)
+        return TrainConfig(model=model), named_parameters(params, model), None, args.init_from
     cfg = TrainConfig.preset(args.preset or "tiny")
     if args.state_dict is None:
         return cfg, None, None, f"preset {args.preset or 'tiny'}, random weights"

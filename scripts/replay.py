@@ -22,6 +22,8 @@ def main() -> None:
     args = parse_train(__doc__, preset="verdict-124m", folder="replay-")
     if args.resume:
         raise InputError("a replay can't be resumed: the reference's generator depends on all that was drawn before")
+    if args.init_from:
+        raise InputError("a replay repeats a run from its random weights on: leave out --init-from")
     if args.config.model.dtype == "bfloat16" or args.config.fsdp > 1 or args.config.grad_accum_steps > 1 or not args.config.drop_last:
         raise InputError("a replay is made in float32 or float64, on one device, in whole batches of one size, without accumulation")
 

@@ -1,4 +1,4 @@
-"""Sample text from a run of train_jax.py or train_torch.py.
+"""Sample text from a run of train_jax.py or train_torch.py, or from any GPT-2.
 
 Examples:
   sample.py --checkpoint runs/tiny --prompt "The value of"
@@ -6,6 +6,7 @@ Examples:
   sample.py --checkpoint runs/tiny --prompt FILE:start.txt --stream      # the prompt from a file; - is standard input
   sample.py --checkpoint runs/tiny --prompts many.txt --json             # a prompt on each line, all in one batch
   sample.py --checkpoint runs/tiny --interactive --top-p 0.9 --stop . "?"
+  sample.py --init-from gpt2-xl --prompt "The value of"                  # Hugging Face's hub (the extra hf), or a folder of its format
 
 Text goes to standard output; the seed, which repeats it, and the speed to standard error.
 """
@@ -37,10 +38,14 @@ if TYPE_CHECKING:
 class SampleArgs:
     """What to continue, and how."""
 
-    checkpoint: Path
+    checkpoint: Path | None = None
     """A run folder."""
+    init_from: str | None = None
+    """In place of it: a Hugging Face folder, an id on its hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 or any other), or a
+    run folder."""
     prompt: str | None = None
-    """Text to continue, FILE:path for the text of a file, or - for standard input; None: the prompt of the run's own samples."""
+    """Text to continue, FILE:path for the text of a file, or - for standard input; None: the prompt of the run's own samples; with
+    --init-from, what separates texts (GPT-2's end of a text)."""
     prompts: Path | None = None
     """A file with a prompt on each line."""
     interactive: bool = False
@@ -68,6 +73,8 @@ class SampleArgs:
 def main() -> None:
     """Parse the flags, load the run, generate, print."""
     args = tyro.cli(SampleArgs, description=__doc__)
+    if (args.checkpoint is None) == (args.init_from is None):
+        raise InputError("give a run folder with --checkpoint, or a model with --init-from, and not both")
     if args.seed is not None and not 0 <= args.seed < 2**32:
         raise InputError(f"seed={args.seed}: expected a value in [0, 2**32)")
     if (args.prompt is not None) + (args.prompts is not None) + args.interactive > 1:
@@ -83,23 +90,28 @@ def main() -> None:
 
     import jax
 
-    from flaxgpt.checkpoint import load_run
+    from flaxgpt.checkpoint import load, load_run
     from flaxgpt.generation.decode import unstack
     from flaxgpt.generation.text import complete_text, stream
 
-    params, cfg, tokenizer = load_run(args.checkpoint)
-    params = unstack(params, cfg.model)
+    if args.init_from is not None:
+        params, model, tokenizer = load(args.init_from)
+        default_prompt = tokenizer.separator
+    else:
+        params, cfg, tokenizer = load_run(args.checkpoint)
+        model, default_prompt = cfg.model, cfg.prompt or ""
+    params = unstack(params, model)
     options = {"sampling": args.sampling, "stop": args.stop, "eos_id": args.eos_id}
 
     def continued(prompt: str, seed: int) -> Generator[str, None, Text]:
-        return stream(params, cfg.model, tokenizer, prompt, args.max_new_tokens, key=jax.random.key(seed), **options)
+        return stream(params, model, tokenizer, prompt, args.max_new_tokens, key=jax.random.key(seed), **options)
 
     if args.interactive:
         for i, line in enumerate(typed_lines(tokenizer)):
             line_seed = (seed + i) % 2**32
             write_stream(line, continued(line, line_seed), line_seed)
         return
-    prompts = prompts or [cfg.prompt or ""]
+    prompts = prompts or [default_prompt]
     if args.stream:
         if len(prompts) > 1:
             raise InputError(f"{args.prompts} has {len(prompts)} prompts: one text can be streamed at a time")
@@ -107,10 +119,10 @@ def main() -> None:
     else:
         options |= {"num_samples": args.num_samples, "top_log_probs": args.top_log_probs if args.json else None}
         started = time.perf_counter()
-        texts = complete_text(params, cfg.model, tokenizer, prompts, args.max_new_tokens, key=jax.random.key(seed), **options)
+        texts = complete_text(params, model, tokenizer, prompts, args.max_new_tokens, key=jax.random.key(seed), **options)
         write_all(texts, args, seed, time.perf_counter() - started)
-    if (longest := max(len(tokenizer.encode(prompt)) for prompt in prompts)) > cfg.model.context_length:
-        print(f"the prompt has {longest} tokens; the model saw the last {cfg.model.context_length}", file=sys.stderr)
+    if (longest := max(len(tokenizer.encode(prompt)) for prompt in prompts)) > model.context_length:
+        print(f"the prompt has {longest} tokens; the model saw the last {model.context_length}", file=sys.stderr)
 
 
 def read_prompts(args: SampleArgs) -> list[str]:

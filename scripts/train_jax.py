@@ -4,6 +4,7 @@ Examples:
   train_jax.py --preset shakespeare-char
   train_jax.py --data my.txt --out-dir runs/mine --max-steps 3000
   train_jax.py --out-dir runs/mine --resume --max-steps 5000
+  train_jax.py --init-from gpt2 --data my.txt --context-length 256 --learning-rate 5e-5 --min-learning-rate 5e-6 --out-dir runs/tuned
 """
 
 import sys
@@ -16,13 +17,16 @@ def main() -> None:
     """Parse the flags, load the data, train, say how to go on."""
     args = parse_train(__doc__)
 
+    from flaxgpt.checkpoint import load
+    from flaxgpt.convert.params import crop_context
     from flaxgpt.run.log import RunLog
     from flaxgpt.run.setup import prepare
     from flaxgpt.train import train
 
     cfg, corpus = prepare(args.config, args.out_dir, resume=args.resume, overwrite=args.overwrite)
+    params = crop_context(load(args.init_from).params, cfg.model.context_length) if args.init_from and not args.resume else None
     with RunLog(args.out_dir) as log:
-        train(cfg, corpus, log, resume=args.resume)
+        train(cfg, corpus, log, resume=args.resume, params=params)
         log.summary(sample_command(args.out_dir))
     if log.stop.signal is not None:
         print("stopped early: the same command with --resume goes on from here")

@@ -3,6 +3,7 @@
 Examples:
   train_torch.py --preset verdict-124m     the published run, to three decimals
   train_torch.py --out-dir runs/tiny-torch
+  train_torch.py --init-from gpt2 --data my.txt --context-length 256 --learning-rate 5e-5 --min-learning-rate 5e-6 --out-dir runs/tuned
 """
 
 import sys
@@ -29,8 +30,14 @@ def main() -> None:
         raise InputError(f'the reference needs {error.name}: pip install -e ".[parity]" (or "flaxgpt[parity]")') from None
 
     cfg, corpus = prepare(args.config, args.out_dir, overwrite=args.overwrite)
+    weights = None
+    if args.init_from:
+        from flaxgpt.checkpoint import load
+        from flaxgpt.convert.params import crop_context, to_torch
+
+        weights = to_torch(crop_context(load(args.init_from).params, cfg.model.context_length), cfg.model)
     with RunLog(args.out_dir) as log:
-        train(cfg, corpus, log)
+        train(cfg, corpus, log, weights=weights)
         log.summary(sample_command(args.out_dir))
     if log.stop.signal is not None:
         sys.exit(128 + log.stop.signal)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 
 from flaxgpt.config import TrainConfig
@@ -9,7 +12,7 @@ from flaxgpt.data.corpora import Corpus
 from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.run.folder import CHECKPOINTS, TORCH_WEIGHTS
 from flaxgpt.run.log import RunLog, check_loss
-from torch_ref.checkpoint import save_model
+from torch_ref.checkpoint import save_model, to_tensors
 from torch_ref.data.loader import create_dataloaders, endless
 from torch_ref.generation.generate import generate_text_simple
 from torch_ref.model import GPTModel, init_model
@@ -17,7 +20,7 @@ from torch_ref.optim import make_optimizer, make_schedule
 from torch_ref.step import evaluate_model, train_step
 
 
-def train(cfg: TrainConfig, corpus: Corpus, log: RunLog) -> GPTModel:
+def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, weights: Mapping[str, np.ndarray] | None = None) -> GPTModel:
     """Train for `max_steps` updates, the same run as `flaxgpt.train.train`, in the reference.
 
     Everything draws from one generator in the order in which it happens: the weights, each epoch's shuffle, the dropout
@@ -28,6 +31,7 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog) -> GPTModel:
         cfg: the run, as `flaxgpt.run.setup.prepare` returns it.
         corpus: its data.
         log: what the results are reported to; its folder takes the weights.
+        weights: a state_dict to start from, if not from random weights.
 
     Raises:
         InputError: the splits are too short for the config, or the loss is not finite.
@@ -36,6 +40,8 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog) -> GPTModel:
     batches = endless(train_loader)
     torch.manual_seed(cfg.seed)
     model = init_model(cfg.model)
+    if weights is not None:
+        model.load_state_dict(to_tensors(dict(weights)))
     optimizer, schedule = make_optimizer(model, cfg), make_schedule(cfg)
 
     log.begin(cfg, corpus, 0, n_params=sum(p.numel() for p in model.parameters()), devices="1 x cpu (torch)")

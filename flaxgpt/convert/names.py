@@ -13,7 +13,7 @@ def _always(_: GPTConfig) -> bool:
     return True
 
 
-def _with_qkv_bias(cfg: GPTConfig) -> bool:
+def _qkv_bias(cfg: GPTConfig) -> bool:
     return cfg.qkv_bias
 
 
@@ -21,7 +21,7 @@ def _untied(cfg: GPTConfig) -> bool:
     return not cfg.tie_embeddings
 
 
-class Parameter(NamedTuple):
+class Row(NamedTuple):
     """One parameter. Axes are letters (see `sizes`), so that those of two formats show whether one is the other transposed."""
 
     path: str
@@ -31,6 +31,11 @@ class Parameter(NamedTuple):
     torch: str
     """Key in a state_dict of `torch_ref.model.GPTModel`; {} is the layer."""
     torch_axes: str
+    huggingface: str
+    """Key in a state_dict of Hugging Face's `GPT2Model`; in `GPT2LMHeadModel`, "transformer." is before all but the head's."""
+    huggingface_axes: str
+    third: int | None = None
+    """Which third, along the last axis, of a tensor there that holds query, key and value side by side; None: it is all of it."""
     exists: Callable[[GPTConfig], bool] = _always
 
     @property
@@ -39,38 +44,45 @@ class Parameter(NamedTuple):
         return "{}" in self.torch
 
     def keys(self, cfg: GPTConfig) -> list[str]:
-        """Its keys in the state_dict: one for each layer, or one."""
-        return [self.torch.format(i) for i in range(cfg.n_layers)] if self.stacked else [self.torch]
+        """Its keys in the reference's state_dict: one for each layer, or one."""
+        return self._by_layer(self.torch, cfg)
+
+    def huggingface_keys(self, cfg: GPTConfig) -> list[str]:
+        """Its keys in Hugging Face's state_dict, likewise."""
+        return self._by_layer(self.huggingface, cfg)
+
+    def _by_layer(self, key: str, cfg: GPTConfig) -> list[str]:
+        return [key.format(i) for i in range(cfg.n_layers)] if self.stacked else [key]
 
 
 # In the order of the reference's modules, by which torch's optimizers number parameters.
 PARAMETERS = (
-    #         flaxgpt                                    torch_ref
-    Parameter("tok_emb/embedding",               "VD",  "tok_emb.weight",                       "VD"),
-    Parameter("pos_emb/embedding",               "CD",  "pos_emb.weight",                       "CD"),
-    Parameter("trf_blocks/att/W_query/kernel",   "DE",  "trf_blocks.{}.att.W_query.weight",     "ED"),
-    Parameter("trf_blocks/att/W_query/bias",     "E",   "trf_blocks.{}.att.W_query.bias",       "E", _with_qkv_bias),
-    Parameter("trf_blocks/att/W_key/kernel",     "DE",  "trf_blocks.{}.att.W_key.weight",       "ED"),
-    Parameter("trf_blocks/att/W_key/bias",       "E",   "trf_blocks.{}.att.W_key.bias",         "E", _with_qkv_bias),
-    Parameter("trf_blocks/att/W_value/kernel",   "DE",  "trf_blocks.{}.att.W_value.weight",     "ED"),
-    Parameter("trf_blocks/att/W_value/bias",     "E",   "trf_blocks.{}.att.W_value.bias",       "E", _with_qkv_bias),
-    Parameter("trf_blocks/att/out_proj/kernel",  "ED",  "trf_blocks.{}.att.out_proj.weight",    "DE"),
-    Parameter("trf_blocks/att/out_proj/bias",    "D",   "trf_blocks.{}.att.out_proj.bias",      "D"),
-    Parameter("trf_blocks/ff/layers_0/kernel",   "DF",  "trf_blocks.{}.ff.layers.0.weight",     "FD"),
-    Parameter("trf_blocks/ff/layers_0/bias",     "F",   "trf_blocks.{}.ff.layers.0.bias",       "F"),
-    Parameter("trf_blocks/ff/layers_2/kernel",   "FD",  "trf_blocks.{}.ff.layers.2.weight",     "DF"),
-    Parameter("trf_blocks/ff/layers_2/bias",     "D",   "trf_blocks.{}.ff.layers.2.bias",       "D"),
-    Parameter("trf_blocks/norm1/scale",          "D",   "trf_blocks.{}.norm1.scale",            "D"),
-    Parameter("trf_blocks/norm1/shift",          "D",   "trf_blocks.{}.norm1.shift",            "D"),
-    Parameter("trf_blocks/norm2/scale",          "D",   "trf_blocks.{}.norm2.scale",            "D"),
-    Parameter("trf_blocks/norm2/shift",          "D",   "trf_blocks.{}.norm2.shift",            "D"),
-    Parameter("final_norm/scale",                "D",   "final_norm.scale",                     "D"),
-    Parameter("final_norm/shift",                "D",   "final_norm.shift",                     "D"),
-    Parameter("out_head/kernel",                 "DV",  "out_head.weight",                      "VD", _untied),
+    #   flaxgpt                                 torch_ref                                  Hugging Face
+    Row("tok_emb/embedding",              "VD", "tok_emb.weight",                    "VD", "wte.weight",              "VD"),
+    Row("pos_emb/embedding",              "CD", "pos_emb.weight",                    "CD", "wpe.weight",              "CD"),
+    Row("trf_blocks/att/W_query/kernel",  "DE", "trf_blocks.{}.att.W_query.weight",  "ED", "h.{}.attn.c_attn.weight", "DE", 0),
+    Row("trf_blocks/att/W_query/bias",    "E",  "trf_blocks.{}.att.W_query.bias",    "E",  "h.{}.attn.c_attn.bias",   "E", 0, _qkv_bias),
+    Row("trf_blocks/att/W_key/kernel",    "DE", "trf_blocks.{}.att.W_key.weight",    "ED", "h.{}.attn.c_attn.weight", "DE", 1),
+    Row("trf_blocks/att/W_key/bias",      "E",  "trf_blocks.{}.att.W_key.bias",      "E",  "h.{}.attn.c_attn.bias",   "E", 1, _qkv_bias),
+    Row("trf_blocks/att/W_value/kernel",  "DE", "trf_blocks.{}.att.W_value.weight",  "ED", "h.{}.attn.c_attn.weight", "DE", 2),
+    Row("trf_blocks/att/W_value/bias",    "E",  "trf_blocks.{}.att.W_value.bias",    "E",  "h.{}.attn.c_attn.bias",   "E", 2, _qkv_bias),
+    Row("trf_blocks/att/out_proj/kernel", "ED", "trf_blocks.{}.att.out_proj.weight", "DE", "h.{}.attn.c_proj.weight", "ED"),
+    Row("trf_blocks/att/out_proj/bias",   "D",  "trf_blocks.{}.att.out_proj.bias",   "D",  "h.{}.attn.c_proj.bias",   "D"),
+    Row("trf_blocks/ff/layers_0/kernel",  "DF", "trf_blocks.{}.ff.layers.0.weight",  "FD", "h.{}.mlp.c_fc.weight",    "DF"),
+    Row("trf_blocks/ff/layers_0/bias",    "F",  "trf_blocks.{}.ff.layers.0.bias",    "F",  "h.{}.mlp.c_fc.bias",      "F"),
+    Row("trf_blocks/ff/layers_2/kernel",  "FD", "trf_blocks.{}.ff.layers.2.weight",  "DF", "h.{}.mlp.c_proj.weight",  "FD"),
+    Row("trf_blocks/ff/layers_2/bias",    "D",  "trf_blocks.{}.ff.layers.2.bias",    "D",  "h.{}.mlp.c_proj.bias",    "D"),
+    Row("trf_blocks/norm1/scale",         "D",  "trf_blocks.{}.norm1.scale",         "D",  "h.{}.ln_1.weight",        "D"),
+    Row("trf_blocks/norm1/shift",         "D",  "trf_blocks.{}.norm1.shift",         "D",  "h.{}.ln_1.bias",          "D"),
+    Row("trf_blocks/norm2/scale",         "D",  "trf_blocks.{}.norm2.scale",         "D",  "h.{}.ln_2.weight",        "D"),
+    Row("trf_blocks/norm2/shift",         "D",  "trf_blocks.{}.norm2.shift",         "D",  "h.{}.ln_2.bias",          "D"),
+    Row("final_norm/scale",               "D",  "final_norm.scale",                  "D",  "ln_f.weight",             "D"),
+    Row("final_norm/shift",               "D",  "final_norm.shift",                  "D",  "ln_f.bias",               "D"),
+    Row("out_head/kernel",                "DV", "out_head.weight",                   "VD", "lm_head.weight",          "VD", exists=_untied),
 )  # fmt: skip
 
 
-def parameters(cfg: GPTConfig) -> list[Parameter]:
+def parameters(cfg: GPTConfig) -> list[Row]:
     """Those that a model of this config has."""
     return [row for row in PARAMETERS if row.exists(cfg)]
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.convert.names import module_name, module_path, parameters, sizes
+from flaxgpt.convert.names import Row, module_name, module_path, parameters, sizes
 from flaxgpt.errors import InputError
 from flaxgpt.types import Params
 
@@ -46,7 +46,7 @@ def from_torch(state_dict: Mapping[str, ArrayLike], cfg: GPTConfig, dtype: DType
     for row in parameters(cfg):
         layers = [np.asarray(arrays[key], dtype) for key in row.keys(cfg)]
         layers = [array if row.axes == row.torch_axes else array.T for array in layers]
-        _insert(params, row.path, np.stack(layers) if row.stacked else layers[0].copy())
+        insert(params, row.path, np.stack(layers) if row.stacked else layers[0].copy())
     return params
 
 
@@ -69,17 +69,30 @@ def named_parameters(params: Params, cfg: GPTConfig, dtype: DTypeLike = np.float
     Raises:
         InputError: as `to_torch`.
     """
+    named: StateDict = {}
+    for row, layers in by_row(params, cfg, dtype):
+        for key, array in zip(row.keys(cfg), layers, strict=True):
+            named[key] = np.ascontiguousarray(array if row.axes == row.torch_axes else array.T)
+    return {name: named[name] for name in parameter_shapes(cfg)}
+
+
+def by_row(params: Params, cfg: GPTConfig, dtype: DTypeLike = np.float32) -> list[tuple[Row, np.ndarray]]:
+    """Each parameter's row of the table, and its array with the layers along the first axis (one, if it is none of a block's).
+
+    Raises:
+        InputError: as `to_torch`.
+    """
     size, rows = sizes(cfg), parameters(cfg)
     arrays = {path: np.asarray(value, dtype) for path, value in _leaves(params).items()}
     expected = {row.path: (cfg.n_layers,) * row.stacked + tuple(size[axis] for axis in row.axes) for row in rows}
     if faults := shape_faults({path: array.shape for path, array in arrays.items()}, expected):
         raise InputError("the parameters do not fit the config: " + "; ".join(faults))
-    named: StateDict = {}
-    for row in rows:
-        layers = arrays[row.path] if row.stacked else arrays[row.path][None]
-        for key, array in zip(row.keys(cfg), layers, strict=True):
-            named[key] = np.ascontiguousarray(array if row.axes == row.torch_axes else array.T)
-    return {name: named[name] for name in parameter_shapes(cfg)}
+    return [(row, arrays[row.path] if row.stacked else arrays[row.path][None]) for row in rows]
+
+
+def crop_context(params: Params, context_length: int) -> dict[str, Any]:
+    """The parameters of the same model with a shorter context: the embeddings of its first positions."""
+    return {**params, "pos_emb": {"embedding": params["pos_emb"]["embedding"][:context_length]}}
 
 
 def parameter_shapes(cfg: GPTConfig) -> dict[str, tuple[int, ...]]:
@@ -141,7 +154,7 @@ def stacked(named: Mapping[str, ArrayLike], cfg: GPTConfig) -> Params:
     tree: dict[str, Any] = {}
     for path in dict.fromkeys(map(module_path, named)):
         layers = [np.asarray(named[module_name(path, i)]) for i in range(cfg.n_layers if path.startswith("trf_blocks/") else 1)]
-        _insert(tree, path, np.stack(layers) if path.startswith("trf_blocks/") else layers[0])
+        insert(tree, path, np.stack(layers) if path.startswith("trf_blocks/") else layers[0])
     return tree
 
 
@@ -171,15 +184,16 @@ def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
         raise InputError(f"{what} are not finite: {len(bad)} of {len(arrays)} tensors, the first {name} with {value} at {list(place)}")
 
 
+def insert(tree: dict[str, Any], path: str, value: np.ndarray) -> None:
+    """Put an array into a nested dict, at a path of the table."""
+    *parents, name = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[name] = value
+
+
 def _leaves(tree: Params, prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
         leaves |= _leaves(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
     return leaves
-
-
-def _insert(tree: dict[str, Any], path: str, value: np.ndarray) -> None:
-    *parents, name = path.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[name] = value

