@@ -155,13 +155,13 @@ def _model(args: ReportArgs) -> tuple[TrainConfig, Tensors | None, tuple[int, Mo
     if args.checkpoint:
         from flaxgpt.checkpoint import load_run
 
-        params, cfg, _ = load_run(args.checkpoint)
-        return cfg, named_parameters(params, cfg.model), None, str(args.checkpoint)
+        run = load_run(args.checkpoint)
+        return run.cfg, named_parameters(run.params, run.cfg.model), None, str(args.checkpoint)
     if args.init_from:
         from flaxgpt.checkpoint import load
 
-        params, model, _ = load(args.init_from)
-        return TrainConfig(model=model), named_parameters(params, model), None, args.init_from
+        source = load(args.init_from)
+        return TrainConfig(model=source.cfg), named_parameters(source.params, source.cfg), None, args.init_from
     cfg = TrainConfig.preset(args.preset or "tiny")
     if args.state_dict is None:
         return cfg, None, None, f"preset {args.preset or 'tiny'}, random weights"
