@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -70,6 +71,23 @@ def call(monkeypatch, capsys, private_cache, tmp_path):
     return run
 
 
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> Path:
+    """Folders that transformers wrote, by name."""
+    from hugging_face import save_folders
+
+    root = tmp_path_factory.mktemp("huggingface")
+    save_folders(root)
+    return root
+
+
+@pytest.fixture
+def plain(folders, tmp_path) -> Path:
+    """One of them, which a test may spoil."""
+    shutil.copytree(folders / "plain", tmp_path / "model")
+    return tmp_path / "model"
+
+
 def refused(result, pattern):
     """What a person can mend is said in one line."""
     code, _, err = result
@@ -101,6 +119,12 @@ def random_pair(cfg: GPTConfig, seed: int = 0) -> tuple[GPTModel, dict]:
 
 def random_ids(cfg: GPTConfig, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, cfg.vocab_size, shape)
+
+
+def assert_equal_bits(a, b):
+    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        x, y = (jax.random.key_data(v) if jax.dtypes.issubdtype(v.dtype, jax.dtypes.prng_key) else v for v in (x, y))
+        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
 MEASURED: dict[str, tuple[int, float, str, float]] = {}

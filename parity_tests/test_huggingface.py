@@ -5,23 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import convert_checkpoint
 import huggingface_hub
 import jax
 import numpy as np
-import parity_report
 import pytest
-import replay
 import sample
 import torch
 import train_jax
 import train_torch
-from conftest import SCRIPTS, SMALL, refused
+from conftest import SCRIPTS, SMALL, assert_equal_bits, refused
+from hugging_face import NARROW, make_model
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
-from transformers.utils import logging
 
 import flaxgpt
 from flaxgpt.convert.files import Tensors
@@ -29,57 +26,22 @@ from flaxgpt.convert.huggingface import config_from_huggingface, config_to_huggi
 from flaxgpt.data.tokenizer import get_tokenizer
 from flaxgpt.data.tokenizer_files import tokenizer_files
 from flaxgpt.errors import InputError
-from flaxgpt.run.cli import parse_train
-from flaxgpt.run.folder import load_config
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
-
-NARROW = {"n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 24}
-WIDE = {"n_embd": 48, "n_head": 3, "n_layer": 3, "n_positions": 16, "tie_word_embeddings": False}
 TEXT = "It’s 1,234 größer\n\n  than naïve 你好 code():\treturn  x<|endoftext|>The end 🙂"
-
-
-def make_model(shape, **others):
-    """GPT2LMHeadModel in eval mode with nothing at its default: zeros and ones hide bugs."""
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**shape, **others)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter) if "ln" in name or "bias" in name else 0.1 * torch.randn_like(parameter))
-    return model
 
 
 def as_arrays(model):
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Folders as save_pretrained writes them."""
-    root = tmp_path_factory.mktemp("huggingface")
-    for name, shape, options in (("plain", NARROW, {}), ("sharded", WIDE, {"max_shard_size": "4MB"})):
-        make_model(shape).save_pretrained(root / name, **options)
-    make_model(WIDE).half().save_pretrained(root / "float16")
-    make_model(NARROW).bfloat16().save_pretrained(root / "bfloat16")
-    return root
-
-
-@pytest.fixture
-def plain(folders, tmp_path):
-    """A folder that a test may spoil."""
-    shutil.copytree(folders / "plain", tmp_path / "model")
-    return tmp_path / "model"
-
-
 def assert_same_model(params, cfg, theirs):
-    """Logits at every position, and greedy text."""
+    """Logits at every position (at most 4.3e-7 apart when this was written), and greedy text."""
     ids = np.random.default_rng(1).integers(0, cfg.vocab_size, (2, cfg.context_length))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids)).logits.numpy()
     found = np.asarray(flaxgpt.forward(params, cfg, ids))
     errors = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
-    assert errors.max() < 1e-5, (
+    assert errors.max() < 3e-6, (
         f"the logits differ by {errors.max():.1e} at (row, position) {np.unravel_index(errors.argmax(), errors.shape)}"
     )
     prompt, new = torch.from_numpy(ids[:, :4]), cfg.context_length - 4
@@ -87,11 +49,6 @@ def assert_same_model(params, cfg, theirs):
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None
     )
     np.testing.assert_array_equal(flaxgpt.generate(params, cfg, ids[:, :4], new, temperature=0.0), greedy.numpy())
-
-
-def assert_equal_trees(a, b):
-    for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y, err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("name", ["plain", "sharded", "float16", "bfloat16"])
@@ -112,7 +69,7 @@ def test_the_round_trip_is_bit_exact_tensor_by_tensor(folders, name):
     assert back.keys() == saved.keys()
     for key, value in back.items():
         np.testing.assert_array_equal(value, saved[key].astype(np.float32), err_msg=key)
-    assert_equal_trees(from_huggingface(back, cfg), params)
+    assert_equal_bits(from_huggingface(back, cfg), params)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -125,10 +82,10 @@ def test_keys_have_the_prefix_or_not_and_buffers_are_ignored(tied):
     masks = {f"transformer.h.{i}.attn.{name}": np.ones((1, 1)) for i in range(2) for name in ("bias", "masked_bias")}
     bare = {key.removeprefix("transformer."): value for key, value in (state_dict | masks).items()}
     for other in (state_dict | masks, bare):
-        assert_equal_trees(from_huggingface(other, cfg), params)
+        assert_equal_bits(from_huggingface(other, cfg), params)
     if tied:
         del bare["lm_head.weight"]
-        assert_equal_trees(from_huggingface(bare, cfg), params)
+        assert_equal_bits(from_huggingface(bare, cfg), params)
         with pytest.raises(InputError, match=r"lm_head\.weight differs from transformer\.wte\.weight"):
             from_huggingface(bare | {"lm_head.weight": bare["wte.weight"] + 1}, cfg)
     model.load_state_dict({key: torch.from_numpy(value) for key, value in to_huggingface(params, cfg).items()}, strict=not tied)
@@ -154,7 +111,7 @@ def test_a_model_without_qkv_biases_goes_out_with_zero_ones_and_comes_back():
     params = flaxgpt.init_params(cfg, jax.random.key(0))
     state_dict = to_huggingface(params, cfg)
     assert not state_dict["transformer.h.1.attn.c_attn.bias"].any()
-    assert_equal_trees(from_huggingface(state_dict, cfg), params)
+    assert_equal_bits(from_huggingface(state_dict, cfg), params)
     state_dict["transformer.h.1.attn.c_attn.bias"][3] = 1
     with pytest.raises(InputError, match=r"qkv_bias is off, but not zero: transformer\.h\.1\.attn\.c_attn\.bias"):
         from_huggingface(state_dict, cfg)
@@ -323,7 +280,7 @@ def test_an_exported_run_is_transformers_own(call, tmp_path, monkeypatch):
 def test_a_tied_model_goes_out_as_it_came_in(call, folders, tmp_path):
     assert call(convert_checkpoint, folders / "plain", "out", "--to", "huggingface")[0] == 0
     before, after = (load_file(folder / "model.safetensors") for folder in (folders / "plain", tmp_path / "out"))
-    assert_equal_trees(after, before)
+    assert_equal_bits(after, before)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     params, cfg, _ = flaxgpt.load(tmp_path / "out")
     assert_same_model(params, cfg, theirs)
@@ -395,76 +352,3 @@ def test_what_the_hub_refuses_is_one_line(call, monkeypatch, name, error, patter
 def test_without_huggingface_hub_the_line_says_how_to_install_it(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused(call(sample, "--init-from", "gpt2", "--prompt", "a"), r'no folder gpt2.*huggingface_hub: pip install -e "\.\[hf\]"')
-
-
-def test_sampling_takes_a_folder_in_place_of_a_run(call, folders):
-    code, out, err = call(sample, "--init-from", folders / "plain", "--prompt", "The end", "--max-new-tokens", 5, "--temperature", 0)
-    assert code == 0, err
-    ids = torch.tensor([get_tokenizer("gpt2").encode("The end")])
-    theirs = GPT2LMHeadModel.from_pretrained(folders / "plain").eval()
-    greedy = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
-    assert out == get_tokenizer("gpt2").decode(greedy[0].tolist()) + "\n"
-    code, out, _ = call(sample, "--init-from", folders / "plain", "--max-new-tokens", 1)
-    assert code == 0
-    assert out.startswith("<|endoftext|>")
-    refused(call(sample, "--init-from", folders / "plain", "--checkpoint", "a"), "--checkpoint.*--init-from.*not both")
-
-
-TUNE = ("--batch-size", 2, "--eval-batches", 1, "--sample-tokens", 0, "--context-length", 8, "--drop-rate", 0.1)
-NO_UPDATE = ("--learning-rate", 0, "--min-learning-rate", 0)
-
-
-@pytest.mark.parametrize("trainer", [train_jax, train_torch], ids=lambda m: m.__name__)
-def test_fine_tuning_starts_from_the_weights_with_its_positions_cropped(call, folders, trainer):
-    code, _, err = call(trainer, "--init-from", folders / "plain", *TUNE, *NO_UPDATE, "--max-steps", 1, "--out-dir", "a")
-    assert code == 0, err
-    source, tuned = flaxgpt.load(folders / "plain"), flaxgpt.load("a")
-    assert tuned.cfg.replace(context_length=24) == source.cfg
-    assert tuned.params["pos_emb"]["embedding"].shape == (8, 16)
-    tokens = np.arange(8)[None] * 1000
-    np.testing.assert_array_equal(flaxgpt.forward(tuned.params, tuned.cfg, tokens), flaxgpt.forward(source.params, source.cfg, tokens))
-
-
-def test_a_resumed_fine_tuning_is_bit_for_bit_the_one_that_never_stopped(call, plain):
-    run = ("--init-from", plain, *TUNE, "--warmup-steps", 0, "--decay-steps", 4, "--checkpoint-every", 2)
-    assert call(train_jax, *run, "--max-steps", 4, "--out-dir", "whole")[0] == 0
-    assert call(train_jax, *run, "--max-steps", 2, "--out-dir", "parts")[0] == 0
-    shutil.rmtree(plain)
-    code, out, err = call(train_jax, "--out-dir", "parts", "--resume", "--max-steps", 4)
-    assert code == 0, err
-    assert "updates 2 to 3" in out
-    assert_equal_trees(flaxgpt.load("parts").params, flaxgpt.load("whole").params)
-    resumed = parse_train("", ["--init-from", str(plain), "--out-dir", "parts", "--resume"])
-    assert resumed.config == load_config(Path("parts")), "the same command with --resume should not ask for the source either"
-
-
-@pytest.mark.parametrize(
-    ("flags", "pattern"),
-    [
-        (("--emb-dim", 32, "--no-qkv-bias"), r"leave out emb_dim=32 \(there 16\), qkv_bias=False \(there True\)"),
-        (("--context-length", 25), "context_length=25.*learned 24 positions.*no embedding"),
-        (("--tokenizer", "char"), "needs the tokenizer gpt2.*the run's char"),
-        (("--data", "nope"), "no corpus 'nope'"),
-    ],
-    ids=lambda value: str(value[0]) if isinstance(value, tuple) else "",
-)
-def test_a_run_that_contradicts_its_source_is_refused(call, folders, tmp_path, flags, pattern):
-    refused(call(train_jax, "--init-from", folders / "plain", *flags, "--out-dir", "a"), pattern)
-    assert not (tmp_path / "a").exists()
-
-
-def test_a_replay_has_no_other_weights_to_start_from(call, folders):
-    refused(call(replay, "--init-from", folders / "plain"), "leave out --init-from")
-
-
-def test_dropout_is_the_sources_unless_a_flag_says_otherwise(folders):
-    source = ["--init-from", str(folders / "plain")]
-    assert parse_train("", source).config.model.drop_rate == 0.1
-    assert parse_train("", [*source, "--drop-rate", "0.3"]).config.model.drop_rate == 0.3
-
-
-def test_the_ladder_climbs_on_weights_of_hugging_face(call, folders):
-    code, out, err = call(parity_report, "--init-from", folders / "plain", "--rungs", 1, "--length", 8)
-    assert code == 0, out + err
-    assert "passed:" in out
-    refused(call(parity_report, "--init-from", folders / "plain", "--preset", "tiny"), "--init-from brings its own")
