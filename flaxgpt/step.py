@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.loss import next_token_loss
-from flaxgpt.model import forward
+from flaxgpt.loss import head_loss
+from flaxgpt.model import head_inputs
 from flaxgpt.state import TrainState
 from flaxgpt.types import Batch, Params
 
@@ -33,7 +33,7 @@ def make_train_step(
         inputs_BT, targets_BT = batch
         # Not both: a mask that was forgotten is then an error, not a draw.
         randomness = {"dropout_key": dropout_key} if dropout_masks is None else {"dropout_masks": dropout_masks}
-        return next_token_loss(forward(params, cfg, inputs_BT, **randomness), targets_BT)
+        return head_loss(*head_inputs(params, cfg, inputs_BT, **randomness), targets_BT, cfg)
 
     value_and_grad = accumulated(jax.value_and_grad(loss_fn), grad_accum_steps)
 
@@ -57,7 +57,7 @@ def make_eval_step(cfg: GPTConfig) -> Callable[[Params, Batch], jax.Array]:
 
     def eval_step(params: Params, batch: Batch) -> jax.Array:
         inputs_BT, targets_BT = batch
-        return next_token_loss(forward(params, cfg, inputs_BT), targets_BT)
+        return head_loss(*head_inputs(params, cfg, inputs_BT), targets_BT, cfg)
 
     return eval_step
 
