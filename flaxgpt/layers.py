@@ -35,6 +35,7 @@ class OutHead(nn.Module):
         self.kernel = self.param("kernel", initialiser(self.cfg, "out_head/kernel"), (self.cfg.emb_dim, self.cfg.padded_vocab))
 
 
+@jax.named_scope("out_head")
 def project(x_BTD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
     """Logits (B, T, V): a product in the dtype of x, added up in float32 at least."""
     return jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=wide(x_BTD.dtype))

@@ -129,8 +129,7 @@ class GPT(nn.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head: the final norm's output to logits_BTV."""
-        with jax.named_scope("out_head"):
-            return project(x_BTD, self.head_kernel())[..., : self.cfg.vocab_size]
+        return project(x_BTD, self.head_kernel())[..., : self.cfg.vocab_size]
 
     def head_kernel(self) -> jax.Array:
         """kernel_DV, columns that pad the vocabulary included."""
