@@ -126,7 +126,7 @@ def test_a_model_with_splash_attention_has_the_loss_and_gradients_of_the_plain_o
 
 
 def test_weights_that_are_dropped_out_or_looked_at_and_a_cache_have_the_plain_attention(splash):
-    cfg = SMALL.replace(context_length=128)
+    cfg = SMALL.replace(context_length=128, n_layers=1)
     params, tokens_BT = init_params(cfg, jax.random.key(0)), batch_of(cfg)[0]
     dropping = cfg.replace(drop_rate=0.1)
     _, masks = model.GPT(dropping).apply(
@@ -134,7 +134,7 @@ def test_weights_that_are_dropped_out_or_looked_at_and_a_cache_have_the_plain_at
     )
     forward(params, dropping, tokens_BT, dropout_masks=masks["dropout_masks"])
     model.GPT(cfg).apply({"params": params}, tokens_BT, mutable=["taps"])
-    perturbations = {"trf_blocks": {"att": {"dropout": {"input": jnp.zeros((2, 2, 4, 128, 128))}}}}
+    perturbations = {"trf_blocks": {"att": {"dropout": {"input": jnp.zeros((1, 2, 4, 128, 128))}}}}
     model.GPT(cfg).apply({"params": params, "perturbations": perturbations}, tokens_BT)
     complete(params, cfg, tokens_BT[:, :100], 2)
     assert not splash
@@ -358,8 +358,10 @@ def sent_in_loops(program):
 def test_the_loss_in_chunks_on_eight_devices_equals_that_on_one(mesh):
     result = on_eight(mesh, "loss")
     assert result["difference"] < BOUNDS["gradients"].float64
-    tokens = 8 * 5
-    assert max(sent_in_loops(result["program"]), default=0) <= tokens, "more than a number for each token is sent in each chunk"
+    data, fsdp, tensor = map(int, mesh.split("x"))
+    tokens = 8 // data // fsdp * 5
+    most = tokens * 32 if tensor > 1 else tokens  # what a part of the vocabulary adds to the gradient of x has to be sent
+    assert max(sent_in_loops(result["program"]), default=0) <= most, "in each chunk, more is sent than has to be"
 
 
 @pytest.mark.parametrize("mesh", ["1x8x1", "2x2x2"])
