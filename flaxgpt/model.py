@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from flaxgpt.cache import LayerCache
 from flaxgpt.config import GPTConfig
-from flaxgpt.layers import Dropout, Identity, LayerNorm, OutHead, dense, embedding, project, wide
+from flaxgpt.layers import Dropout, Embedding, Identity, LayerNorm, OutHead, dense, project, wide
+from flaxgpt.sharding import placed
 from flaxgpt.types import Params
 
 
@@ -36,6 +37,7 @@ def forward(
     tokens_BT: jax.Array,
     *,
     dropout_key: jax.Array | None = None,
+    rows_B: jax.Array | None = None,
     dropout_masks: Params | None = None,
 ) -> jax.Array:
     """float32 logits_BTV of the token after each position (float64 of a float64 model).
@@ -47,6 +49,8 @@ def forward(
         cfg: the model.
         tokens_BT: token ids, any integer dtype, at most `cfg.context_length` of them in a row.
         dropout_key: a typed PRNG key.
+        rows_B: numbers of the rows in the batch that they are part of: a row's masks depend on the key and on its number alone.
+            None: 0 to B - 1.
         dropout_masks: what dropout keeps, booleans by module (see `flaxgpt.layers.Dropout`).
 
     Raises:
@@ -54,7 +58,9 @@ def forward(
     """
     collections = {"params": params} if dropout_masks is None else {"params": params, "dropout_masks": dropout_masks}
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    return GPT(cfg).apply(collections, tokens_BT, deterministic=dropout_key is None and dropout_masks is None, rngs=rngs)
+    if rows_B is None and not (dropout_key is None and dropout_masks is None):
+        rows_B = jnp.arange(tokens_BT.shape[0])
+    return GPT(cfg).apply(collections, tokens_BT, rows_B, rngs=rngs)
 
 
 class GPT(nn.Module):
@@ -64,23 +70,24 @@ class GPT(nn.Module):
 
     def setup(self) -> None:
         cfg = self.cfg
-        self.tok_emb = embedding(cfg, "tok_emb", cfg.vocab_size)
-        self.pos_emb = embedding(cfg, "pos_emb", cfg.context_length)
+        self.tok_emb = Embedding(cfg, "tok_emb", cfg.vocab_size)
+        self.pos_emb = Embedding(cfg, "pos_emb", cfg.context_length)
         self.drop_emb = Dropout(cfg.drop_rate)
         self.trf_blocks = TransformerBlock(cfg)
         self.final_norm = LayerNorm()
         if not cfg.tie_embeddings:
             self.out_head = OutHead(cfg)
 
-    def __call__(self, tokens_BT: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, rows_B: jax.Array | None = None) -> jax.Array:
         cfg, T = self.cfg, tokens_BT.shape[1]
         if T > cfg.context_length:
             raise ValueError(f"{T} tokens do not fit in context_length={cfg.context_length}; crop them to the last ones")
-        x_BTD = self.embed(tokens_BT, jnp.arange(T))
-        x_BTD = self.drop_emb(x_BTD, deterministic)
+        x_BTD = placed(self.embed(tokens_BT, jnp.arange(T)), "BTD")
+        x_BTD = self.drop_emb(x_BTD, rows_B)
 
         def block(module: TransformerBlock, x_BTD: jax.Array, cache: None) -> tuple[jax.Array, None]:
-            return module(x_BTD, cache, deterministic)
+            x_BTD, cache = module(x_BTD, cache, rows_B)
+            return placed(x_BTD, "BTD"), cache
 
         # One compiled block, run L times: every collection and the dropout keys are split along the L axis.
         x_BTD, _ = nn.scan(
@@ -99,8 +106,8 @@ class GPT(nn.Module):
         """The head: the final norm's output to logits_BTV."""
         if self.cfg.tie_embeddings:
             with jax.named_scope("out_head"):
-                return project(x_BTD, self.tok_emb.embedding.T)
-        return self.out_head(x_BTD)
+                return placed(project(x_BTD, self.tok_emb.table_VD().T), "BTV")
+        return placed(self.out_head(x_BTD), "BTV")
 
     def last_logits(self, x_BTD: jax.Array) -> jax.Array:
         """What the last block returned -> logits_BV of the token after the last position."""
@@ -122,12 +129,12 @@ class TransformerBlock(nn.Module):
         self.shortcut1 = Identity()  # a place to look at what is otherwise no module's output
 
     def __call__(
-        self, x_BTD: jax.Array, cache: LayerCache | None = None, deterministic: bool = True
+        self, x_BTD: jax.Array, cache: LayerCache | None = None, rows_B: jax.Array | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
-        out_BTD, cache = self.att(self.norm1(x_BTD), cache, deterministic)
-        x_BTD = self.shortcut1(x_BTD + self.drop_shortcut1(out_BTD, deterministic))
+        out_BTD, cache = self.att(self.norm1(x_BTD), cache, rows_B)
+        x_BTD = self.shortcut1(x_BTD + self.drop_shortcut1(out_BTD, rows_B))
         out_BTD = self.ff(self.norm2(x_BTD))
-        return x_BTD + self.drop_shortcut2(out_BTD, deterministic), cache
+        return x_BTD + self.drop_shortcut2(out_BTD, rows_B), cache
 
 
 class MultiHeadAttention(nn.Module):
@@ -144,7 +151,7 @@ class MultiHeadAttention(nn.Module):
         self.dropout = Dropout(cfg.drop_rate)
 
     def __call__(
-        self, x_BTD: jax.Array, cache: LayerCache | None = None, deterministic: bool = True
+        self, x_BTD: jax.Array, cache: LayerCache | None = None, rows_B: jax.Array | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         B, T, D = x_BTD.shape
         N, H = self.cfg.n_heads, D // self.cfg.n_heads
@@ -156,7 +163,7 @@ class MultiHeadAttention(nn.Module):
         scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=wide(x_BTD.dtype)) / H**0.5
         scores_BNTS = jnp.where(visible, scores_BNTS, -jnp.inf)
         weights_BNTS = jax.nn.softmax(scores_BNTS).astype(x_BTD.dtype)
-        weights_BNTS = self.dropout(weights_BNTS, deterministic)
+        weights_BNTS = self.dropout(weights_BNTS, rows_B)
         context_BTNH = jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH).swapaxes(1, 2)
         return self.out_proj(context_BTNH.reshape(B, T, D)), cache
 

@@ -201,7 +201,7 @@ def _train_step(state: TrainState, batch: Batch, masks: Any, cfg: TrainConfig, d
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _draw_masks(key: jax.Array, params: Params, inputs_BT: jax.Array, cfg: GPTConfig) -> Any:
-    _, drawn = GPT(cfg).apply({"params": params}, inputs_BT, deterministic=False, rngs={"dropout": key}, mutable=["dropout_masks"])
+    _, drawn = GPT(cfg).apply({"params": params}, inputs_BT, jnp.arange(len(inputs_BT)), rngs={"dropout": key}, mutable=["dropout_masks"])
     return drawn["dropout_masks"]
 
 
