@@ -55,7 +55,7 @@ class GPTConfig(_Config):
     """The model: GPT-2's architecture, its size, and how it is initialised and computed."""
 
     vocab_size: int = 50257
-    """Rows of the token embedding. Training sets it to the tokenizer's size."""
+    """Tokens that there are. Training sets it to the tokenizer's size."""
     context_length: int = 1024
     """Longest sequence the model sees, in tokens."""
     emb_dim: int = 768
@@ -75,15 +75,36 @@ class GPTConfig(_Config):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Precision of activations and matrix products; parameters, norms, softmax and logits are float32 at least.
     float64 is for checking numerics: it wants JAX_ENABLE_X64=1 and float64 parameters."""
-    remat: bool = False
-    """Recompute each block's activations in the backward pass: less memory, about a third more work."""
+    attention: Literal["auto", "plain", "fused"] = "auto"
+    """fused: a kernel that holds no attention weights (cuDNN's on a GPU, splash attention on a TPU). auto: where it can be used."""
+    loss_chunk: int | None = None
+    """Positions of each row whose logits are held at a time in the loss; 0: all. None: all on a CPU, about 2048 tokens elsewhere."""
+    vocab_multiple: int = 1
+    """Pad the vocabulary's axis of the parameters with zeros to a multiple of this; what is computed stays the same."""
+    remat: Literal["none", "dots", "block"] = "none"
+    """What of a block the backward pass computes again. block: everything, for the least memory and about a third more work.
+    dots: everything but the products with weights."""
 
     def __post_init__(self) -> None:
         self._check_types()
         self._require("vocab_size context_length emb_dim n_heads n_layers", lambda v: v >= 1, "at least 1")
+        self._require("vocab_multiple", lambda v: v >= 1, "at least 1")
+        self._require("loss_chunk", lambda v: v >= 0, "at least 0")
         self._require("drop_rate", lambda v: 0 <= v < 1, "a value in [0, 1)")
         if self.emb_dim % self.n_heads:
             raise InputError(f"emb_dim={self.emb_dim} is not divisible by n_heads={self.n_heads}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """As of every config; `remat` may be the boolean that it was in older files."""
+        older = {False: "none", True: "block"}
+        remat = values.get("remat")
+        return super().from_dict({**values, "remat": older[remat]} if isinstance(remat, bool) else values)
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the token embedding: `vocab_size`, rounded up to a multiple of `vocab_multiple`."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @classmethod
     def preset(cls, name: str) -> GPTConfig:
@@ -189,6 +210,10 @@ class TrainConfig(_Config):
             raise InputError(f"emb_dim={self.model.emb_dim} is not divisible by fsdp={self.fsdp}")
         if self.model.n_heads % self.tensor:
             raise InputError(f"n_heads={self.model.n_heads} is not divisible by tensor={self.tensor}")
+        if self.model.padded_vocab % self.tensor:
+            raise InputError(
+                f"vocab_size={self.model.vocab_size} is not divisible by tensor={self.tensor}: pass --vocab-multiple {self.tensor}"
+            )
 
     @property
     def window_stride(self) -> int:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from flaxgpt.config import GPTConfig
+from flaxgpt.convert.names import VOCAB_AXES
 from flaxgpt.sharding import placed
 
 
@@ -32,27 +33,23 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", initialiser(self.cfg, f"{self.path_of_table}/embedding"), (self.rows, self.cfg.emb_dim))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(self.table_VD(), ids, axis=0)
-
-    def table_VD(self) -> jax.Array:
-        """The table in the compute dtype, with its vectors whole on every device."""
-        return placed(self.embedding.astype(self.cfg.dtype), "VD")
+        return jnp.take(placed(self.embedding.astype(self.cfg.dtype), "VD"), ids, axis=0)
 
 
 class OutHead(nn.Module):
-    """The untied head: a projection to the vocabulary without bias, to float32 at least."""
+    """The untied head's kernel_DV, without bias; what pads the vocabulary included."""
 
     cfg: GPTConfig
 
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        shape = (self.cfg.emb_dim, self.cfg.vocab_size)
-        return project(x_BTD, self.param("kernel", initialiser(self.cfg, "out_head/kernel"), shape))
+    def setup(self) -> None:
+        self.kernel = self.param("kernel", initialiser(self.cfg, "out_head/kernel"), (self.cfg.emb_dim, self.cfg.padded_vocab))
 
 
+@jax.named_scope("out_head")
 def project(x_BTD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
     """Logits (B, T, V): a product in the dtype of x, added up in float32 at least."""
-    return jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=wide(x_BTD.dtype))
+    kernel_DV = placed(kernel_DV.astype(x_BTD.dtype), "DV")
+    return jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV, preferred_element_type=wide(x_BTD.dtype))
 
 
 class LayerNorm(nn.Module):
@@ -94,6 +91,11 @@ class Dropout(nn.Module):
                 self.put_variable("dropout_masks", "keep", keep)
         return jnp.where(keep, x / (1 - self.rate), 0)
 
+    def inert(self, rows_B: jax.Array | None) -> bool:
+        """Whether a call would return x, and nobody looks at x there (see `tapped`): then x need not exist."""
+        looked_at = self.is_mutable_collection("taps") or self.has_variable("perturbations", "input")
+        return (rows_B is None or self.rate == 0) and not looked_at
+
 
 class Identity(nn.Module):
     """x itself: a place in the forward pass that would otherwise belong to no module, so that it can be looked at."""
@@ -102,15 +104,31 @@ class Identity(nn.Module):
         return x
 
 
+def rematerialised(block: Callable[..., Any], cfg: GPTConfig) -> Callable[..., Any]:
+    """A block, to be scanned, that keeps for the backward pass what `cfg.remat` says."""
+    if cfg.remat == "none":
+        return block
+    policies = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    return nn.remat(block, prevent_cse=False, policy=policies[cfg.remat])
+
+
 def wide(dtype: jnp.dtype) -> jnp.dtype:
     """What norms, softmax and logits are computed in: float32, or float64 in a float64 model."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def initialiser(cfg: GPTConfig, path: str) -> Initializer:
-    """How the parameter at this path is drawn: `cfg.init` chooses the column of INITIALISERS."""
+    """How the parameter at this path is drawn: `cfg.init` chooses the column of INITIALISERS. What pads the vocabulary is zero."""
     gpt2, torch = INITIALISERS[path]
-    return (gpt2 if cfg.init == "gpt2" else torch)(cfg)
+    draw = (gpt2 if cfg.init == "gpt2" else torch)(cfg)
+    if path not in VOCAB_AXES:
+        return draw
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        unpadded = tuple(cfg.vocab_size if axis == VOCAB_AXES[path] else size for axis, size in enumerate(shape))
+        return jnp.pad(draw(key, unpadded, dtype), [(0, size - real) for size, real in zip(shape, unpadded, strict=True)])
+
+    return init
 
 
 def _normal(_: GPTConfig) -> Initializer:

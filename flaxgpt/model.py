@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from flaxgpt.cache import LayerCache
 from flaxgpt.config import GPTConfig
-from flaxgpt.layers import Dropout, Embedding, Identity, LayerNorm, OutHead, dense, project, wide
+from flaxgpt.kernels import choose_attention, current_platform, fused_attention
+from flaxgpt.layers import Dropout, Embedding, Identity, LayerNorm, OutHead, dense, project, rematerialised, wide
 from flaxgpt.sharding import placed
 from flaxgpt.types import Params
 
@@ -56,11 +57,41 @@ def forward(
     Raises:
         ValueError: T is larger than the context length, or a mask has another shape than what it is for.
     """
+    return _apply("__call__", params, cfg, tokens_BT, dropout_key, rows_B, dropout_masks)
+
+
+def hidden(
+    params: Params,
+    cfg: GPTConfig,
+    tokens_BT: jax.Array,
+    *,
+    dropout_key: jax.Array | None = None,
+    rows_B: jax.Array | None = None,
+    dropout_masks: Params | None = None,
+) -> jax.Array:
+    """All of `forward` but the head, with its arguments: x_BTD, whose product with `head_kernel` is the logits."""
+    return _apply("hidden", params, cfg, tokens_BT, dropout_key, rows_B, dropout_masks)
+
+
+def head_kernel(params: Params, cfg: GPTConfig) -> jax.Array:
+    """kernel_DV of the head, float32; V is `cfg.padded_vocab`."""
+    return params["tok_emb"]["embedding"].T if cfg.tie_embeddings else params["out_head"]["kernel"]
+
+
+def _apply(
+    method: str,
+    params: Params,
+    cfg: GPTConfig,
+    tokens_BT: jax.Array,
+    dropout_key: jax.Array | None,
+    rows_B: jax.Array | None,
+    dropout_masks: Params | None,
+) -> jax.Array:
     collections = {"params": params} if dropout_masks is None else {"params": params, "dropout_masks": dropout_masks}
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     if rows_B is None and not (dropout_key is None and dropout_masks is None):
         rows_B = jnp.arange(tokens_BT.shape[0])
-    return GPT(cfg).apply(collections, tokens_BT, rows_B, rngs=rngs)
+    return GPT(cfg).apply(collections, tokens_BT, rows_B, rngs=rngs, method=method)
 
 
 class GPT(nn.Module):
@@ -70,7 +101,7 @@ class GPT(nn.Module):
 
     def setup(self) -> None:
         cfg = self.cfg
-        self.tok_emb = Embedding(cfg, "tok_emb", cfg.vocab_size)
+        self.tok_emb = Embedding(cfg, "tok_emb", cfg.padded_vocab)
         self.pos_emb = Embedding(cfg, "pos_emb", cfg.context_length)
         self.drop_emb = Dropout(cfg.drop_rate)
         self.trf_blocks = TransformerBlock(cfg)
@@ -79,6 +110,10 @@ class GPT(nn.Module):
             self.out_head = OutHead(cfg)
 
     def __call__(self, tokens_BT: jax.Array, rows_B: jax.Array | None = None) -> jax.Array:
+        return self.logits(self.hidden(tokens_BT, rows_B))
+
+    def hidden(self, tokens_BT: jax.Array, rows_B: jax.Array | None = None) -> jax.Array:
+        """All but the head: the final norm's output."""
         cfg, T = self.cfg, tokens_BT.shape[1]
         if T > cfg.context_length:
             raise ValueError(f"{T} tokens do not fit in context_length={cfg.context_length}; crop them to the last ones")
@@ -91,12 +126,12 @@ class GPT(nn.Module):
 
         # One compiled block, run L times: every collection and the dropout keys are split along the L axis.
         x_BTD, _ = nn.scan(
-            nn.remat(block, prevent_cse=False) if cfg.remat else block,
+            rematerialised(block, cfg),
             variable_axes={"params": 0, "dropout_masks": 0, "taps": 0, "perturbations": 0},
             split_rngs={"params": True, "dropout": True},
             length=cfg.n_layers,
         )(self.trf_blocks, x_BTD, None)
-        return self.logits(self.final_norm(x_BTD))
+        return self.final_norm(x_BTD)
 
     def embed(self, tokens_BT: jax.Array, positions: jax.Array) -> jax.Array:
         """What enters the first block, before dropout; positions are (T,) or (B, T)."""
@@ -104,10 +139,8 @@ class GPT(nn.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head: the final norm's output to logits_BTV."""
-        if self.cfg.tie_embeddings:
-            with jax.named_scope("out_head"):
-                return placed(project(x_BTD, self.tok_emb.table_VD().T), "BTV")
-        return placed(self.out_head(x_BTD), "BTV")
+        kernel_DV = self.tok_emb.embedding.T if self.cfg.tie_embeddings else self.out_head.kernel
+        return placed(project(x_BTD, kernel_DV), "BTV")[..., : self.cfg.vocab_size]
 
     def last_logits(self, x_BTD: jax.Array) -> jax.Array:
         """What the last block returned -> logits_BV of the token after the last position."""
@@ -160,12 +193,22 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             cache = cache.extend(k_BNSH, v_BNSH)
             k_BNSH, v_BNSH, visible = cache.k_BNSH, cache.v_BNSH, cache.visible_B1TS
-        scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=wide(x_BTD.dtype)) / H**0.5
-        scores_BNTS = jnp.where(visible, scores_BNTS, -jnp.inf)
-        weights_BNTS = jax.nn.softmax(scores_BNTS).astype(x_BTD.dtype)
-        weights_BNTS = self.dropout(weights_BNTS, rows_B)
-        context_BTNH = jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH).swapaxes(1, 2)
-        return self.out_proj(context_BTNH.reshape(B, T, D)), cache
+        kernel = self.kernel(T, rows_B) if cache is None else "plain"
+        if kernel == "plain":
+            scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=wide(x_BTD.dtype)) / H**0.5
+            scores_BNTS = jnp.where(visible, scores_BNTS, -jnp.inf)
+            weights_BNTS = jax.nn.softmax(scores_BNTS).astype(x_BTD.dtype)
+            weights_BNTS = self.dropout(weights_BNTS, rows_B)
+            context_BNTH = jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH)
+        else:
+            context_BNTH = fused_attention(q_BNTH, k_BNSH, v_BNSH, kernel)
+        return self.out_proj(context_BNTH.swapaxes(1, 2).reshape(B, T, D)), cache
+
+    def kernel(self, T: int, rows_B: jax.Array | None) -> str:
+        """What computes the same without a cache; "plain" where the weights are dropped out or looked at."""
+        if not self.dropout.inert(rows_B):
+            return "plain"
+        return choose_attention(self.cfg, T, current_platform()).implementation
 
 
 class FeedForward(nn.Module):

@@ -45,9 +45,11 @@ PARTITIONS: dict[str, P] = {
     "out_head/kernel":                 P("fsdp", "tensor"),
 }  # fmt: skip
 
-# By the letters of flaxgpt.config. Rows are those of one shard of the data axis (see `data_parallel`); VD is an embedding that is read.
+# By the letters of flaxgpt.config. Rows are those of one shard of the data axis (see `data_parallel`); VD and DV are the embedding and the
+# head when they are read.
 ACTIVATIONS: dict[str, P] = {
     "VD":   P("tensor", None),
+    "DV":   P(None, "tensor"),
     "BTD":  P("fsdp", None, None),
     "BTV":  P("fsdp", None, "tensor"),
     "BNSH": P("fsdp", "tensor", None, None),
@@ -130,12 +132,12 @@ def placed(x: jax.Array, letters: str) -> jax.Array:
     Without it the partitioner leaves the weights where they are and moves activations: 2.7 TB in place of 0.3 for each device and update of
     gpt2-1558m on eight devices.
     """
-    return _constrained(x, ACTIVATIONS[letters])
+    return constrained(x, ACTIVATIONS[letters])
 
 
 def placed_params(params: Params) -> Params:
     """The same parameters (or their gradients), laid out on the mesh in context as PARTITIONS says."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: _constrained(x, _partition(path)), params)
+    return jax.tree_util.tree_map_with_path(lambda path, x: constrained(x, _partition(path)), params)
 
 
 def data_parallel(function: Callable[..., Tree]) -> Callable[..., Tree]:
@@ -149,11 +151,12 @@ def data_parallel(function: Callable[..., Tree]) -> Callable[..., Tree]:
 
     @functools.wraps(function)
     def mean(params: Params, rows: Any, *others: Any) -> Tree:
-        params, others = placed_params(params), jax.tree.map(lambda x: _constrained(x, P()), others)
-        shards, B = _axis_size("data"), jax.tree.leaves(rows)[0].shape[0]
-        if shards == 1 or B % shards:
+        params, others = placed_params(params), jax.tree.map(lambda x: constrained(x, P()), others)
+        B = jax.tree.leaves(rows)[0].shape[0]
+        shards = ways("data", B)
+        if shards == 1:
             return function(params, rows, *others)
-        split = jax.tree.map(lambda x: _constrained(x.reshape(shards, B // shards, *x.shape[1:]), P("data", "fsdp")), rows)
+        split = jax.tree.map(lambda x: constrained(x.reshape(shards, B // shards, *x.shape[1:]), P("data", "fsdp")), rows)
         in_axes = (None, 0, *(None for _ in others))
         results = jax.vmap(function, in_axes=in_axes, spmd_axis_name="data")(params, split, *others)
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), results)
@@ -161,20 +164,19 @@ def data_parallel(function: Callable[..., Tree]) -> Callable[..., Tree]:
     return mean
 
 
-def _constrained(x: jax.Array, spec: P) -> jax.Array:
+def constrained(x: jax.Array, spec: P) -> jax.Array:
+    """The same array, laid out so on the mesh in context, but for axes that do not divide its dimensions."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*(axis if x.shape[i] % _size(axis, mesh) == 0 else None for i, axis in enumerate(spec))))
+    axes = (None if isinstance(axis, str) and ways(axis, size) == 1 else axis for axis, size in zip(spec, x.shape, strict=False))
+    return jax.lax.with_sharding_constraint(x, P(*axes))
 
 
-def _axis_size(axis: str) -> int:
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape[axis]
-
-
-def _size(axis: str | None, mesh: jax.sharding.AbstractMesh) -> int:
-    return 1 if axis is None else mesh.shape[axis]
+def ways(axis: str, size: int) -> int:
+    """In how many parts a dimension of this size is split along an axis of the mesh in context; 1 if evenly it can't be."""
+    parts = jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+    return parts if size % parts == 0 else 1
 
 
 def _partition(path: tuple[Any, ...]) -> P:

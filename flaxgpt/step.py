@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.layers import wide
-from flaxgpt.loss import next_token_loss
-from flaxgpt.model import forward
+from flaxgpt.loss import head_loss
+from flaxgpt.model import head_kernel, hidden
 from flaxgpt.sharding import data_parallel, placed_params, state_shardings
 from flaxgpt.state import TrainState, abstract_state
 from flaxgpt.types import Batch, Params
@@ -48,7 +48,7 @@ def make_train_step(
         # Not both: a mask that was forgotten is then an error, not a draw.
         masks = rows.get("dropout_masks")
         randomness = {"dropout_key": dropout_key, "rows_B": rows["number"]} if masks is None else {"dropout_masks": _swap_rows(masks)}
-        return next_token_loss(forward(params, cfg, rows["inputs"], **randomness), rows["targets"])
+        return head_loss(hidden(params, cfg, rows["inputs"], **randomness), head_kernel(params, cfg), rows["targets"], cfg)
 
     def value_and_grad(params: Params, rows: dict[str, Any], dropout_key: jax.Array) -> tuple[jax.Array, Params]:
         loss, grads = jax.value_and_grad(loss_fn)(params, rows, dropout_key)
@@ -96,7 +96,7 @@ def make_eval_step(cfg: GPTConfig) -> Callable[[Params, Batch], jax.Array]:
 
     def eval_step(params: Params, batch: Batch) -> jax.Array:
         inputs_BT, targets_BT = batch
-        return next_token_loss(forward(params, cfg, inputs_BT), targets_BT)
+        return head_loss(hidden(params, cfg, inputs_BT), head_kernel(params, cfg), targets_BT, cfg)
 
     return data_parallel(eval_step)
 

@@ -17,6 +17,7 @@ from flaxgpt.data.loader import eval_batches, train_batches
 from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.errors import InputError
 from flaxgpt.generation.generate import generate
+from flaxgpt.kernels import choose_attention
 from flaxgpt.optim import make_optimizer, make_schedule
 from flaxgpt.run.folder import CHECKPOINTS
 from flaxgpt.run.log import RunLog, check_loss
@@ -40,7 +41,8 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
         params: what to start from, if not from random parameters.
 
     Raises:
-        InputError: the splits are too short for the config, there is nothing to resume from, or the loss is not finite.
+        InputError: the splits are too short for the config, there is nothing to resume from, the attention that is asked for is
+            impossible on these devices, or the loss is not finite.
     """
     if cfg.model.dtype == "float64":
         raise InputError("dtype=float64 is for comparisons (parity_report.py, replay.py): train in float32 or bfloat16")
@@ -48,6 +50,7 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
     splits = eval_batches(corpus.train, cfg, "training"), eval_batches(corpus.val, cfg, "validation")
     mesh, optimizer = sharding.make_mesh(cfg.fsdp, cfg.tensor), make_optimizer(cfg)
     sharding.check_batch(cfg, mesh)
+    devices = describe_devices(cfg, mesh)
     template = abstract_state(cfg, optimizer)
     shardings = sharding.state_shardings(template, mesh)
     compute_mesh = sharding.compute_mesh(mesh, cfg.gather)
@@ -61,7 +64,7 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
         start = int(state.step)
         if start >= cfg.max_steps:
             raise InputError(f"{log.out_dir} has made its {start} updates: pass a larger --max-steps to go on")
-        log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=describe_devices(mesh), resume=resume)
+        log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=devices, resume=resume)
         unreported: tuple[int, Metrics] | None = None
         for step in range(start, cfg.max_steps):
             state, metrics = train_step(state, sharding.shard_batch(batches[step], mesh))
@@ -109,7 +112,13 @@ def make_sample(params: Params, cfg: TrainConfig, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(np.asarray(ids_BT[0]).tolist())
 
 
-def describe_devices(mesh: Mesh) -> str:
-    """How many devices of which kind, and how they share the work."""
+def describe_devices(cfg: TrainConfig, mesh: Mesh) -> str:
+    """How many devices of which kind, how they share the work, and which attention they compute.
+
+    Raises:
+        InputError: `attention=fused` is impossible on them.
+    """
+    device = mesh.devices.flat[0]
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}" + (f" ({axes})" if axes else "")
+    choice = choose_attention(cfg.model, cfg.model.context_length, device.platform, dropout=cfg.model.drop_rate > 0)
+    return f"{mesh.size} x {device.device_kind}{axes and f' ({axes})'}, {choice.implementation} attention ({choice.reason})"

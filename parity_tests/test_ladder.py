@@ -31,7 +31,7 @@ def random_config(seed: int) -> TrainConfig:
         drop_rate=float(rng.uniform(0.05, 0.4)),
         qkv_bias=bool(rng.integers(2)),
         tie_embeddings=bool(seed % 2),
-        remat=bool(rng.integers(2)),
+        remat=str(rng.choice(["none", "dots", "block"])),
     )
     return TrainConfig(model=model, beta2=float(rng.choice([0.95, 0.999])), decay=str(rng.choice(["all", "matrices"])))
 

@@ -18,13 +18,15 @@ def main() -> None:
     args = parse_train(__doc__)
 
     from flaxgpt.checkpoint import load
-    from flaxgpt.convert.params import crop_context
+    from flaxgpt.convert.params import crop_context, fit_vocab
     from flaxgpt.run.log import RunLog
     from flaxgpt.run.setup import prepare
     from flaxgpt.train import train
 
     cfg, corpus = prepare(args.config, args.out_dir, resume=args.resume, overwrite=args.overwrite)
-    params = crop_context(load(args.init_from).params, cfg.model.context_length) if args.init_from and not args.resume else None
+    params = None
+    if args.init_from and not args.resume:
+        params = fit_vocab(crop_context(load(args.init_from).params, cfg.model.context_length), cfg.model.padded_vocab)
     with RunLog(args.out_dir) as log:
         train(cfg, corpus, log, resume=args.resume, params=params)
         log.summary(sample_command(args.out_dir))

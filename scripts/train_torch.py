@@ -18,8 +18,16 @@ def main() -> None:
     args = parse_train(__doc__)
     if args.resume:
         raise InputError("the reference can't resume: its random generator depends on all that was drawn before; train_jax.py can")
-    if args.config.fsdp > 1 or args.config.model.dtype != "float32" or args.config.model.remat:
-        raise InputError("the reference trains in float32 on one device: pass --dtype float32 --no-remat --fsdp 1")
+    model = args.config.model
+    plain = (model.dtype, model.remat, model.vocab_multiple, model.loss_chunk or 0) == (
+        "float32",
+        "none",
+        1,
+        0,
+    ) and model.attention != "fused"
+    if args.config.fsdp > 1 or not plain:
+        flags = "--dtype float32 --remat none --attention plain --loss-chunk 0 --vocab-multiple 1 --fsdp 1"
+        raise InputError(f"the reference trains in float32 on one device, without kernels: pass {flags}")
 
     from flaxgpt.run.log import RunLog
     from flaxgpt.run.setup import prepare
@@ -33,9 +41,10 @@ def main() -> None:
     weights = None
     if args.init_from:
         from flaxgpt.checkpoint import load
-        from flaxgpt.convert.params import crop_context, to_torch
+        from flaxgpt.convert.params import crop_context, fit_vocab, to_torch
 
-        weights = to_torch(crop_context(load(args.init_from).params, cfg.model.context_length), cfg.model)
+        params = fit_vocab(crop_context(load(args.init_from).params, cfg.model.context_length), cfg.model.padded_vocab)
+        weights = to_torch(params, cfg.model)
     with RunLog(args.out_dir) as log:
         train(cfg, corpus, log, weights=weights)
         log.summary(sample_command(args.out_dir))

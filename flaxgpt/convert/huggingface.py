@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.convert.names import Row, parameters, sizes
-from flaxgpt.convert.params import StateDict, by_row, insert, shape_faults
+from flaxgpt.convert.params import StateDict, by_row, fit_vocab, insert, shape_faults
 from flaxgpt.errors import InputError
 from flaxgpt.types import Params
 
@@ -51,7 +51,7 @@ def from_huggingface(state_dict: Mapping[str, ArrayLike], cfg: GPTConfig, dtype:
     for row in parameters(cfg):
         layers = [np.asarray(_part(np.asarray(state_dict[keys[name]]), row), dtype) for name in _names(row, cfg)]
         insert(params, row.path, np.stack(layers) if row.stacked else layers[0].copy())
-    return params
+    return fit_vocab(params, cfg.padded_vocab)
 
 
 def to_huggingface(params: Params, cfg: GPTConfig, dtype: DTypeLike = np.float32) -> StateDict:
@@ -128,7 +128,7 @@ def config_from_huggingface(values: Mapping[str, Any]) -> GPTConfig:
 
 
 def config_to_huggingface(cfg: GPTConfig) -> dict[str, Any]:
-    """The config.json of a model; what it has no key for (`qkv_bias`, `init`, `dtype`, `remat`) is left out."""
+    """The config.json of a model; what it has no key for (`qkv_bias`, `init`, and how it is computed) is left out."""
     end = 50256 if cfg.vocab_size == 50257 else None  # GPT-2's end of a text
     return (
         {"architectures": ["GPT2LMHeadModel"]}

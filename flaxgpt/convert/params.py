@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.convert.names import Row, module_name, module_path, parameters, sizes
+from flaxgpt.convert.names import VOCAB_AXES, Row, module_name, module_path, parameters, sizes
 from flaxgpt.errors import InputError
 from flaxgpt.types import Params
 
@@ -47,7 +47,7 @@ def from_torch(state_dict: Mapping[str, ArrayLike], cfg: GPTConfig, dtype: DType
         layers = [np.asarray(arrays[key], dtype) for key in row.keys(cfg)]
         layers = [array if row.axes == row.torch_axes else array.T for array in layers]
         insert(params, row.path, np.stack(layers) if row.stacked else layers[0].copy())
-    return params
+    return fit_vocab(params, cfg.padded_vocab)
 
 
 def to_torch(params: Params, cfg: GPTConfig, dtype: DTypeLike = np.float32) -> StateDict:
@@ -79,20 +79,38 @@ def named_parameters(params: Params, cfg: GPTConfig, dtype: DTypeLike = np.float
 def by_row(params: Params, cfg: GPTConfig, dtype: DTypeLike = np.float32) -> list[tuple[Row, np.ndarray]]:
     """Each parameter's row of the table, and its array with the layers along the first axis (one, if it is none of a block's).
 
+    What pads the vocabulary is left out.
+
     Raises:
         InputError: as `to_torch`.
     """
-    size, rows = sizes(cfg), parameters(cfg)
+    size, rows = {**sizes(cfg), "V": cfg.padded_vocab}, parameters(cfg)
     arrays = {path: np.asarray(value, dtype) for path, value in _leaves(params).items()}
     expected = {row.path: (cfg.n_layers,) * row.stacked + tuple(size[axis] for axis in row.axes) for row in rows}
     if faults := shape_faults({path: array.shape for path, array in arrays.items()}, expected):
         raise InputError("the parameters do not fit the config: " + "; ".join(faults))
+    arrays |= {path: _fit_axis(arrays[path], axis, cfg.vocab_size) for path, axis in VOCAB_AXES.items() if path in arrays}
     return [(row, arrays[row.path] if row.stacked else arrays[row.path][None]) for row in rows]
 
 
 def crop_context(params: Params, context_length: int) -> dict[str, Any]:
     """The parameters of the same model with a shorter context: the embeddings of its first positions."""
     return {**params, "pos_emb": {"embedding": params["pos_emb"]["embedding"][:context_length]}}
+
+
+def fit_vocab(params: Params, size: int) -> dict[str, Any]:
+    """The parameters (or moments) of the same model with the vocabulary padded to this size, by zeros."""
+    fitted: dict[str, Any] = {}
+    for path, value in _leaves(params).items():
+        insert(fitted, path, _fit_axis(value, VOCAB_AXES[path], size) if path in VOCAB_AXES else value)
+    return fitted
+
+
+def _fit_axis(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """Cut off, or filled up with zeros, to this size."""
+    if array.shape[axis] < size:
+        return np.pad(array, [(0, size - n if i == axis else 0) for i, n in enumerate(array.shape)])
+    return array if array.shape[axis] == size else array[(slice(None),) * axis + (slice(size),)]
 
 
 def parameter_shapes(cfg: GPTConfig) -> dict[str, tuple[int, ...]]:

@@ -47,7 +47,8 @@ def open_source(path_or_id: Path | str) -> Source:
 
 def start_from(source: Source, cfg: TrainConfig) -> TrainConfig:
     """A run's config with the architecture, the dropout and the tokenizer of a source, from which it then starts."""
-    model = source.cfg.replace(dtype=cfg.model.dtype, remat=cfg.model.remat)
+    how = {name: getattr(cfg.model, name) for name in ("dtype", "attention", "loss_chunk", "vocab_multiple", "remat")}
+    model = source.cfg.replace(**how)
     return cfg.replace(model=model, tokenizer=GPT2Tokenizer.kind)
 
 
