@@ -20,6 +20,9 @@ REFERENCE, HUGGING_FACE = TorchSide(), HuggingFaceSide()
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+against_each = pytest.mark.parametrize("theirs", [REFERENCE, HUGGING_FACE], ids=["torch_ref", "transformers"])
+
+
 def random_config(seed: int) -> TrainConfig:
     """Small, and of no particular shape."""
     rng = np.random.default_rng(seed)
@@ -65,10 +68,11 @@ def test_each_side_has_the_functions_that_are_asked_of_it(side, protocol):
         assert inspect.signature(getattr(side, name)) == expected, f"{name_of_side}.{name} is not as side.py documents it"
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_whole_ladder_passes_for_random_small_configs(seed):
+@pytest.mark.parametrize("seed", [0, 3])  # without biases on query, key and value, and untied; with, and tied
+@against_each
+def test_the_whole_ladder_passes_for_random_small_configs(seed, theirs):
     cfg = random_config(seed)
-    assert_passed(climb(make_problem(cfg, seed=seed, batch=3)), cfg.model)
+    assert_passed(climb(make_problem(cfg, seed=seed, batch=3), theirs=theirs), cfg.model)
 
 
 def test_bfloat16_differs_by_no_more_than_its_rounding_explains():
@@ -160,17 +164,27 @@ def test_bounds_are_within_ten_times_of_what_was_measured():
 
 
 @pytest.mark.slow  # about two minutes on two cores
-def test_nothing_fails_in_100_seeds():
+@against_each
+def test_nothing_fails_in_100_seeds(theirs):
     cfg = TrainConfig(model=SMALL.replace(qkv_bias=True, drop_rate=0.1))
     for seed in range(100):
-        assert_passed(climb(make_problem(cfg, seed=seed)), f"seed {seed}")
+        assert_passed(climb(make_problem(cfg, seed=seed), theirs=theirs), f"seed {seed}")
+
+
+@pytest.mark.slow  # about a minute on two cores for each seed
+@pytest.mark.parametrize("seed", [1, 2, 4, 5, 6, 7])
+@against_each
+def test_the_whole_ladder_passes_for_more_random_small_configs(seed, theirs):
+    cfg = random_config(seed)
+    assert_passed(climb(make_problem(cfg, seed=seed, batch=3), theirs=theirs), cfg.model)
 
 
 @pytest.mark.slow  # about two minutes on two cores
-def test_the_whole_ladder_passes_in_bfloat16_for_10_seeds():
+@against_each
+def test_the_whole_ladder_passes_in_bfloat16_for_10_seeds(theirs):
     cfg = TrainConfig(model=SMALL.replace(qkv_bias=True, drop_rate=0.1))
     for seed in range(10):
-        assert_passed(climb(make_problem(cfg, seed=seed), dtype="bfloat16"), f"seed {seed}")
+        assert_passed(climb(make_problem(cfg, seed=seed), dtype="bfloat16", theirs=theirs), f"seed {seed}")
 
 
 @pytest.mark.slow  # about ten minutes on two cores
