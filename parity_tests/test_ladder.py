@@ -44,7 +44,7 @@ def random_config(seed: int) -> TrainConfig:
 def climb(problem, rungs=ladder.RUNGS, dtype="float32", ours=flax_side, theirs=REFERENCE):
     results = list(ladder.climb(ours, theirs, problem, rungs, dtype))
     for result in results:
-        remember(f"{dtype}: {result.rung}", result)
+        remember(f"{dtype}: {result.rung}{', transformers' if theirs is HUGGING_FACE else ''}", result)
     return results
 
 

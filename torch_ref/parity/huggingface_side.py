@@ -83,6 +83,7 @@ class HuggingFaceSide(TorchSide):
 
 
 def _load(cfg: GPTConfig, weights: Tensors, dtype: torch.dtype) -> GPT2LMHeadModel:
+    """The model with these weights; what is no parameter of ours is frozen."""
     ends = {"bos_token_id": None, "eos_token_id": None}  # no text ends early
     config = GPT2Config(**config_to_huggingface(cfg) | ends, use_cache=False, attn_implementation="eager")
     with torch.random.fork_rng():
@@ -97,11 +98,13 @@ def _load(cfg: GPTConfig, weights: Tensors, dtype: torch.dtype) -> GPT2LMHeadMod
 
 
 def _state_dict(named: Tensors, cfg: GPTConfig) -> Tensors:
+    """By Hugging Face's names, in its shapes; zero where there is no parameter of ours."""
     dtype = named["tok_emb.weight"].dtype
     return to_huggingface(from_torch(named, cfg, dtype), cfg, dtype)
 
 
 def _processors(temperature: float, top_k: int | None, noise: Noise | None) -> LogitsProcessorList:
+    """None at temperature 0; above it, the last adds the noise."""
     if not temperature:
         return LogitsProcessorList()
     top = [TopKLogitsWarper(top_k)] if top_k else []
