@@ -176,7 +176,12 @@ class TrainConfig(_Config):
     sample_tokens: int = 50
     """Tokens in that sample, decoded greedily; 0: none."""
     fsdp: int = 1
-    """Devices that share one copy of the parameters (fully sharded data parallelism); the rest hold further copies."""
+    """Devices that share one copy of the parameters and the rows of a batch (fully sharded data parallelism)."""
+    tensor: int = 1
+    """Devices that share the heads, the feed-forward units and the vocabulary. What fsdp x tensor leaves is data parallel."""
+    gather: Literal["layer", "update"] = "layer"
+    """When weights that fsdp has split are gathered. layer: each layer's when it is its turn (least memory). update: all of them,
+    once an update (least traffic); moments and float32 weights stay split."""
     model: GPTConfig = field(default_factory=GPTConfig)
 
     def __post_init__(self) -> None:
@@ -184,7 +189,7 @@ class TrainConfig(_Config):
             object.__setattr__(self, "model", GPTConfig.from_dict(self.model))
         self._check_types()
         counts = "stride batch_size grad_accum_steps max_steps decay_steps log_every eval_every eval_batches checkpoint_every"
-        self._require(f"{counts} keep_checkpoints fsdp", lambda v: v >= 1, "at least 1")
+        self._require(f"{counts} keep_checkpoints fsdp tensor", lambda v: v >= 1, "at least 1")
         self._require("warmup_steps sample_tokens", lambda v: v >= 0, "at least 0")
         self._require("learning_rate min_learning_rate weight_decay", lambda v: 0 <= v < math.inf, "a number of at least 0")
         self._require("eps clip_norm", lambda v: 0 < v < math.inf, "a positive number")
@@ -203,6 +208,12 @@ class TrainConfig(_Config):
             )
         if self.model.emb_dim % self.fsdp:
             raise InputError(f"emb_dim={self.model.emb_dim} is not divisible by fsdp={self.fsdp}")
+        if self.model.n_heads % self.tensor:
+            raise InputError(f"n_heads={self.model.n_heads} is not divisible by tensor={self.tensor}")
+        if self.model.padded_vocab % self.tensor:
+            raise InputError(
+                f"vocab_size={self.model.vocab_size} is not divisible by tensor={self.tensor}: pass --vocab-multiple {self.tensor}"
+            )
 
     @property
     def window_stride(self) -> int:

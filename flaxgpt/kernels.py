@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from flaxgpt.config import GPTConfig
 from flaxgpt.errors import InputError
 from flaxgpt.layers import project, wide
+from flaxgpt.sharding import constrained, placed, ways
 
 LOSS_TOKENS = 2048
 """Tokens whose logits are held at a time on an accelerator, if nothing else is asked for: 0.4 GB of them at GPT-2's vocabulary."""
@@ -74,7 +75,7 @@ def _obstacle(cfg: GPTConfig, length: int, platform: str, dropout: bool) -> str 
 def choose_loss_chunk(cfg: GPTConfig, rows: int, length: int, platform: str) -> int:
     """How many positions of each row the loss takes at a time, at most `cfg.loss_chunk`; `length` if all.
 
-    Chunks are of nearly equal size, so that the last one is not mostly padding.
+    `rows` are those of one device. Chunks are of nearly equal size, so that the last one is not mostly padding.
     """
     default = length if platform == "cpu" else max(1, LOSS_TOKENS // rows)
     most = (default if cfg.loss_chunk is None else cfg.loss_chunk) or length
@@ -123,7 +124,7 @@ def _splash_attention(q_BNTH: jax.Array, k_BNTH: jax.Array, v_BNTH: jax.Array, i
     # XLA can't split a Pallas kernel over devices: each is given its own rows and heads.
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        spec = P(_axis("fsdp", q_BNTH.shape[0]), _axis("tensor", q_BNTH.shape[1]))
+        spec = P(*(axis if ways(axis, size) > 1 else None for axis, size in zip(("fsdp", "tensor"), q_BNTH.shape, strict=False)))
         attend = jax.shard_map(attend, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
     return attend(q_BNTH, k_BNTH, v_BNTH)
 
@@ -146,7 +147,7 @@ def chunked_loss(x_BTD: jax.Array, kernel_DV: jax.Array, targets_BT: jax.Array, 
     Returns:
         (), float32 at least.
     """
-    kernel_DV = _gathered(kernel_DV, x_BTD.dtype)
+    kernel_DV = placed(kernel_DV.astype(x_BTD.dtype), "DV")  # gathered once, before the loop
 
     def add(total: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         x_BTD, targets_BT = part
@@ -161,7 +162,7 @@ def _loss_and_gradients(
     x_BTD: jax.Array, kernel_DV: jax.Array, targets_BT: jax.Array, vocab_size: int, chunk: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     B, T, _ = x_BTD.shape
-    gathered_DV = _gathered(kernel_DV, x_BTD.dtype)
+    gathered_DV = placed(kernel_DV.astype(x_BTD.dtype), "DV")
 
     def of_rows(x_BTD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         def add(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
@@ -170,7 +171,7 @@ def _loss_and_gradients(
             dlogits_BTV = (dlogits_BTV / (B * T)).astype(x_BTD.dtype)
             dx_BTD = jnp.einsum("BTV,DV->BTD", dlogits_BTV, gathered_DV)
             dkernel_DV += jnp.einsum("BTD,BTV->DV", x_BTD, dlogits_BTV, preferred_element_type=wide(x_BTD.dtype))
-            return (total + loss, _constrained(dkernel_DV, P(None, "tensor"))), dx_BTD
+            return (total + loss, placed(dkernel_DV, "DV")), dx_BTD
 
         zero = jnp.zeros((), wide(x_BTD.dtype)), jnp.zeros(kernel_DV.shape, wide(x_BTD.dtype))
         (total, dkernel_DV), dx_CBTD = jax.lax.scan(add, zero, _chunks(x_BTD, targets_BT, chunk))
@@ -178,13 +179,10 @@ def _loss_and_gradients(
         return total, dx_BTD, dkernel_DV
 
     # The rows of each device by themselves: what they add to the kernel's gradient is then added up over devices once, not in each chunk.
-    axis = _axis("fsdp", B)
-    shards = jax.sharding.get_abstract_mesh().shape[axis] if axis else 1
-    by_shard = [rows.reshape(shards, -1, *rows.shape[1:]) for rows in (x_BTD, targets_BT)]
-    if axis:
-        by_shard = [_constrained(rows, P(axis)) for rows in by_shard]
-    total, dx_BTD, dkernel_DV = jax.vmap(of_rows, spmd_axis_name=axis)(*by_shard)
-    dkernel_DV = _constrained(dkernel_DV.sum(0), P(_axis("fsdp", kernel_DV.shape[0]), "tensor"))
+    shards = ways("fsdp", B)
+    by_shard = [constrained(rows.reshape(shards, -1, *rows.shape[1:]), P("fsdp")) for rows in (x_BTD, targets_BT)]
+    total, dx_BTD, dkernel_DV = jax.vmap(of_rows, spmd_axis_name="fsdp" if shards > 1 else None)(*by_shard)
+    dkernel_DV = constrained(dkernel_DV.sum(0), P("fsdp", "tensor"))
     return total.sum() / (B * T), (dx_BTD.reshape(x_BTD.shape), dkernel_DV.astype(kernel_DV.dtype))
 
 
@@ -198,7 +196,7 @@ chunked_loss.defvjp(_loss_and_gradients, _scaled)
 
 def padded_logits(x_BTD: jax.Array, kernel_DV: jax.Array, vocab_size: int) -> jax.Array:
     """logits_BTV, as many as the kernel has columns: -inf from `vocab_size` on."""
-    logits_BTV = _constrained(project(x_BTD, kernel_DV), P(P.UNCONSTRAINED, None, "tensor"))
+    logits_BTV = constrained(project(x_BTD, kernel_DV), P(P.UNCONSTRAINED, None, "tensor"))
     if vocab_size == kernel_DV.shape[1]:
         return logits_BTV
     return jnp.where(jnp.arange(kernel_DV.shape[1]) < vocab_size, logits_BTV, -jnp.inf)
@@ -221,22 +219,3 @@ def _chunks(x_BTD: jax.Array, targets_BT: jax.Array, chunk: int) -> tuple[jax.Ar
     x_BTD, targets_BT = jnp.pad(x_BTD, ((0, 0), (0, missing), (0, 0))), jnp.pad(targets_BT, ((0, 0), (0, missing)), constant_values=-1)
     x_CBTD, targets_CBT = (rows.reshape(rows.shape[0], -1, chunk, *rows.shape[2:]).swapaxes(0, 1) for rows in (x_BTD, targets_BT))
     return x_CBTD, targets_CBT
-
-
-def _gathered(kernel_DV: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The kernel in the compute dtype, whole on each device but for the split of the vocabulary: gathered once, before the loop."""
-    return _constrained(kernel_DV.astype(dtype), P(None, "tensor"))
-
-
-def _axis(name: str, size: int) -> str | None:
-    """An axis of the mesh in context, if there is one and it divides this size."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return name if mesh.shape.get(name, 1) > 1 and size % mesh.shape[name] == 0 else None
-
-
-def _constrained(x: jax.Array, spec: P) -> jax.Array:
-    """Lay x out so on the mesh in context, by those of the axes that divide its dimensions; without a mesh, it stays as it is."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    axes = (_axis(axis, size) if isinstance(axis, str) else axis for axis, size in zip(spec, x.shape, strict=False))
-    return jax.lax.with_sharding_constraint(x, P(*axes))

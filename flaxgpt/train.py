@@ -22,7 +22,7 @@ from flaxgpt.optim import make_optimizer, make_schedule
 from flaxgpt.run.folder import CHECKPOINTS
 from flaxgpt.run.log import RunLog, check_loss
 from flaxgpt.state import TrainState, abstract_state, count_params, create_state
-from flaxgpt.step import Metrics, make_eval_step, make_train_step
+from flaxgpt.step import Metrics, jit_train_step, make_eval_step
 from flaxgpt.types import Batch, Params
 
 
@@ -48,12 +48,15 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
         raise InputError("dtype=float64 is for comparisons (parity_report.py, replay.py): train in float32 or bfloat16")
     batches = train_batches(corpus.train, cfg)
     splits = eval_batches(corpus.train, cfg, "training"), eval_batches(corpus.val, cfg, "validation")
-    mesh, optimizer = sharding.make_mesh(cfg.fsdp), make_optimizer(cfg)
+    mesh, optimizer = sharding.make_mesh(cfg.fsdp, cfg.tensor), make_optimizer(cfg)
+    sharding.check_batch(cfg, mesh)
     devices = describe_devices(cfg, mesh)
     template = abstract_state(cfg, optimizer)
     shardings = sharding.state_shardings(template, mesh)
-    train_step = jax.jit(make_train_step(cfg.model, optimizer, cfg.grad_accum_steps), donate_argnums=0, out_shardings=(shardings, None))
-    eval_step = jax.jit(make_eval_step(cfg.model))
+    compute_mesh = sharding.compute_mesh(mesh, cfg.gather)
+    train_step = sharding.within(compute_mesh, jit_train_step(cfg, optimizer, mesh))
+    eval_step = sharding.within(compute_mesh, jax.jit(make_eval_step(cfg.model)))
+    sample = sharding.within(mesh, make_sample)
     learning_rates = np.asarray(make_schedule(cfg)(np.arange(cfg.max_steps)))
 
     with Checkpoints(log.out_dir / CHECKPOINTS, keep=cfg.keep_checkpoints) as checkpoints:
@@ -78,7 +81,7 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
                 checkpoints.save(state)
             if evaluates:
                 train_loss, val_loss = evaluate(state.params, eval_step, splits, mesh)
-                log.evaluation(step, train_loss, val_loss, make_sample(state.params, cfg, corpus.tokenizer))
+                log.evaluation(step, train_loss, val_loss, sample(state.params, cfg, corpus.tokenizer))
             if last:
                 break
     return state
@@ -110,12 +113,12 @@ def make_sample(params: Params, cfg: TrainConfig, tokenizer: Tokenizer) -> str:
 
 
 def describe_devices(cfg: TrainConfig, mesh: Mesh) -> str:
-    """How many devices of which kind, whether they can't share the rows of a batch, and which attention they compute.
+    """How many devices of which kind, how they share the work, and which attention they compute.
 
     Raises:
         InputError: `attention=fused` is impossible on them.
     """
-    whole = "" if cfg.microbatch_size % mesh.size == 0 else f" (each with all rows: {cfg.microbatch_size} do not split over them)"
     device = mesh.devices.flat[0]
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     choice = choose_attention(cfg.model, cfg.model.context_length, device.platform, dropout=cfg.model.drop_rate > 0)
-    return f"{mesh.size} x {device.device_kind}{whole}, {choice.implementation} attention ({choice.reason})"
+    return f"{mesh.size} x {device.device_kind}{axes and f' ({axes})'}, {choice.implementation} attention ({choice.reason})"

@@ -25,7 +25,7 @@ from flaxgpt.generation.decode import next_logits, unstack
 from flaxgpt.generation.generate import complete
 from flaxgpt.kernels import Choice, choose_attention, choose_loss_chunk, fused_attention
 from flaxgpt.loss import head_loss
-from flaxgpt.model import forward, head_inputs, init_params
+from flaxgpt.model import forward, head_kernel, hidden, init_params
 from flaxgpt.optim import make_optimizer
 from flaxgpt.parity.bounds import BOUNDS
 from flaxgpt.state import TrainState, state_from_torch, state_to_torch
@@ -142,7 +142,7 @@ def test_weights_that_are_dropped_out_or_looked_at_and_a_cache_have_the_plain_at
     gpt, cache = model.GPT(cfg), Cache.empty(cfg, jnp.zeros(2, int), 128)
     assert trace(forward, params, cfg, tokens_BT)
     assert not trace(forward, params, cfg, tokens_BT, dropout_key=key)
-    assert not trace(gpt.apply, {"params": params, "dropout_masks": masks}, tokens_BT, deterministic=False, rngs={"dropout": key})
+    assert not trace(gpt.apply, {"params": params, "dropout_masks": masks}, tokens_BT, jnp.arange(2), rngs={"dropout": key})
     assert not trace(gpt.apply, {"params": params}, tokens_BT, mutable=["taps"])
     assert not trace(gpt.apply, {"params": params, "perturbations": perturbations}, tokens_BT)
     assert not trace(next_logits, unstack(params, cfg), cfg, tokens_BT, cache)
@@ -389,7 +389,7 @@ def batch_of(cfg, rows=2, seed=0):
 
 def loss_and_gradients(params, cfg, batch, dropout_key=None):
     def loss(params):
-        return head_loss(*head_inputs(params, cfg, batch[0], dropout_key=dropout_key), batch[1], cfg)
+        return head_loss(hidden(params, cfg, batch[0], dropout_key=dropout_key), head_kernel(params, cfg), batch[1], cfg)
 
     return jax.jit(jax.value_and_grad(loss))(params)
 

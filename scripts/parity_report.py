@@ -1,13 +1,15 @@
-"""Compare flaxgpt with its PyTorch reference, from the first activation to generated text, and name where they first diverge.
+"""Compare flaxgpt with its PyTorch reference, or with Hugging Face's GPT-2, from the first activation to generated text.
 
 Rungs: 1 activations, 2 loss, 3 gradients, 4 clipping, 5 adamw, 6 accumulation, 7 training, 8 dropout, 9 generation.
-The exit code is 1 if a rung fails.
+Named are the tensors at which the two first diverge, forward and backward. The exit code is 1 if a rung fails.
 
 Examples:
   parity_report.py                                     a small model with random weights, all rungs
   parity_report.py --preset verdict-124m --rungs 1 2 3
   parity_report.py --checkpoint runs/tiny --html report.html
   parity_report.py --init-from gpt2
+  parity_report.py --init-from gpt2 --reference transformers
+                                                       the released weights, against Hugging Face's own GPT-2
   parity_report.py --state-dict model.pth --n-heads 12 --plot layers.png --json report.json
   parity_report.py --dtype bfloat16 --device gpu
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 import tyro
@@ -46,10 +49,13 @@ class ReportArgs:
     """Attention heads of --state-dict without --preset (shapes do not imply them); None: heads of 64, as GPT-2's."""
     rungs: tuple[str, ...] = ()
     """Numbers or names of rungs; none: all."""
+    reference: Literal["torch_ref", "transformers"] = "torch_ref"
+    """What flaxgpt is compared with. torch_ref: this project's own model in PyTorch. transformers: Hugging Face's GPT2LMHeadModel,
+    with eager attention and its own text generation; the biases that the model lacks are zero there, and frozen."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """The precision under test. Both sides are run in float64 as well."""
     device: str | None = None
-    """Where flaxgpt runs: cpu, gpu or tpu; None: JAX's default. The reference runs on the CPU."""
+    """Where flaxgpt runs: cpu, gpu or tpu; None: JAX's default. The other side runs on the CPU."""
     seed: int = 0
     """Of random weights, tokens, moments and draws."""
     batch: int = 2
@@ -81,15 +87,17 @@ def main() -> None:
 
     rungs = select_rungs(args.rungs or RUNGS)
     _check(args)
-    ours, theirs, environment = _sides(args.device)
+    ours, theirs, environment = _sides(args)
     cfg, weights, moments, source = _model(args)
     length = min(cfg.model.context_length, 64) if args.length is None else args.length
     sizes = {"seed": args.seed, "batch": args.batch, "length": length, "steps": args.steps}
     problem = make_problem(cfg, weights, moments=moments, **sizes)
-    about = {"model": source, "config": cfg.model.to_dict(), "rungs": " ".join(rungs), "dtype": args.dtype, **sizes, **environment}
+    about = {"model": source, "reference": args.reference, "config": cfg.model.to_dict(), "rungs": " ".join(rungs), "dtype": args.dtype}
+    about |= sizes | environment
     shape = f"{cfg.model.n_layers} layers, width {cfg.model.emb_dim}, {sum(w.size for w in problem.weights.values()):,} parameters"
-    print(f"{source}: {shape}; {args.dtype}, {args.batch} x {length} tokens, seed {args.seed}; flaxgpt on {environment['device']}")
-    print(report.header())
+    print(f"{source}: {shape}; {args.dtype}, {args.batch} x {length} tokens, seed {args.seed}")
+    print(f"flaxgpt on {environment['device']}, against {args.reference} on cpu")
+    print(report.header(args.reference))
     results, started = [], time.perf_counter()
     for result in climb(ours, theirs, problem, rungs, args.dtype):
         results.append(result)
@@ -98,12 +106,13 @@ def main() -> None:
 
     if args.json:
         write_text(args.json, report.to_json(results, about))
-    if args.plot and not report.save_plot(results, args.plot):
+    if args.plot and not report.save_plot(results, args.plot, args.reference):
         print("no plot: it shows rungs 1 and 3, and neither was climbed", file=sys.stderr)
     if args.html:
         with tempfile.TemporaryDirectory() as folder:
             plot = Path(folder) / "plot.png"
-            write_text(args.html, report.to_html(results, about, plot if report.save_plot(results, plot) else None))
+            drawn = report.save_plot(results, plot, args.reference)
+            write_text(args.html, report.to_html(results, about, plot if drawn else None, args.reference))
     if not all(result.passed for result in results):
         sys.exit(1)
 
@@ -122,10 +131,11 @@ def _check(args: ReportArgs) -> None:
             raise InputError(f"can't write {path}: it is a folder, or is in one that is not there")
 
 
-def _sides(device: str | None) -> tuple[SeededSide, NoiseDrivenSide, dict[str, str]]:
+def _sides(args: ReportArgs) -> tuple[SeededSide, NoiseDrivenSide, dict[str, str]]:
     """Both sides, and what they run on."""
     import jax
 
+    device = args.device
     try:
         if device:
             jax.config.update("jax_default_device", jax.devices(device)[0])
@@ -133,18 +143,32 @@ def _sides(device: str | None) -> tuple[SeededSide, NoiseDrivenSide, dict[str, s
     except RuntimeError:
         raise InputError(f"device={device}: JAX has only {', '.join(sorted({d.platform for d in jax.devices()}))} here") from None
     try:
-        import torch
-
-        from torch_ref.parity import torch_side as theirs
+        theirs, libraries = _reference(args.reference)
     except ModuleNotFoundError as error:
-        raise InputError(f'the reference needs {error.name}: pip install -e ".[parity]" (or "flaxgpt[parity]")') from None
+        extra = "parity" if args.reference == "torch_ref" else "parity,transformers"
+        raise InputError(f'--reference {args.reference} needs {error.name}: pip install -e ".[{extra}]" (or "flaxgpt[{extra}]")') from None
     import flax
     import optax
 
     from flaxgpt.parity import flax_side as ours
 
-    versions = {module.__name__: module.__version__ for module in (jax, flax, optax, torch)}
+    versions = {module.__name__: module.__version__ for module in (jax, flax, optax, *libraries)}
     return ours, theirs, {"device": f"{where.platform} ({where.device_kind})", **versions}
+
+
+def _reference(name: str) -> tuple[NoiseDrivenSide, list[ModuleType]]:
+    """The side that flaxgpt is compared with, and the libraries that it is made of."""
+    import torch
+
+    if name == "torch_ref":
+        from torch_ref.parity.torch_side import TorchSide
+
+        return TorchSide(), [torch]
+    import transformers
+
+    from torch_ref.parity.huggingface_side import HuggingFaceSide
+
+    return HuggingFaceSide(), [torch, transformers]
 
 
 def _model(args: ReportArgs) -> tuple[TrainConfig, Tensors | None, tuple[int, Moments] | None, str]:

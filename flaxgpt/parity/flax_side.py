@@ -27,6 +27,7 @@ from flaxgpt.optim import adam_state, clip_by_global_norm, make_optimizer, with_
 from flaxgpt.parity.replay import Repeated, Update
 from flaxgpt.parity.side import Batch, Moments, Noise, Tensors
 from flaxgpt.parity.sites import sites
+from flaxgpt.sharding import placed_params
 from flaxgpt.state import TrainState
 from flaxgpt.step import Metrics, make_eval_step, make_train_step
 from flaxgpt.types import Params
@@ -164,7 +165,7 @@ def _passes(params: Params, batch: Batch, cfg: GPTConfig) -> tuple[Any, ...]:
     points = {module_path(site.point) for site in sites(1)}
 
     def run(params: Params, perturbations: Any) -> tuple[jax.Array, Any]:
-        variables = {"params": params, "perturbations": perturbations}
+        variables = {"params": placed_params(params), "perturbations": perturbations}
         with tapped(points):
             logits_BTV, state = GPT(cfg).apply(variables, inputs_BT, mutable=["taps"])
         return next_token_loss(logits_BTV, targets_BT), state["taps"]
@@ -201,7 +202,7 @@ def _train_step(state: TrainState, batch: Batch, masks: Any, cfg: TrainConfig, d
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _draw_masks(key: jax.Array, params: Params, inputs_BT: jax.Array, cfg: GPTConfig) -> Any:
-    _, drawn = GPT(cfg).apply({"params": params}, inputs_BT, deterministic=False, rngs={"dropout": key}, mutable=["dropout_masks"])
+    _, drawn = GPT(cfg).apply({"params": params}, inputs_BT, jnp.arange(len(inputs_BT)), rngs={"dropout": key}, mutable=["dropout_masks"])
     return drawn["dropout_masks"]
 
 
