@@ -18,6 +18,8 @@ from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.errors import InputError
 from flaxgpt.generation.generate import generate
 from flaxgpt.optim import make_optimizer, make_schedule
+from flaxgpt.plan.plan import settle
+from flaxgpt.plan.targets import present
 from flaxgpt.run.folder import CHECKPOINTS
 from flaxgpt.run.log import RunLog, check_loss
 from flaxgpt.state import TrainState, abstract_state, count_params, create_state
@@ -40,13 +42,15 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
         params: what to start from, if not from random parameters.
 
     Raises:
-        InputError: the splits are too short for the config, there is nothing to resume from, or the loss is not finite.
+        InputError: the splits are too short for the config, no number of microbatches fits in memory (where it is to be found), there
+            is nothing to resume from, or the loss is not finite.
     """
     if cfg.model.dtype == "float64":
         raise InputError("dtype=float64 is for comparisons (parity_report.py, replay.py): train in float32 or bfloat16")
     batches = train_batches(corpus.train, cfg)
-    splits = eval_batches(corpus.train, cfg, "training"), eval_batches(corpus.val, cfg, "validation")
     mesh, optimizer = sharding.make_mesh(cfg.fsdp), make_optimizer(cfg)
+    asked, cfg = cfg, settle(cfg, present(list(mesh.devices.flat)))
+    splits = eval_batches(corpus.train, cfg, "training"), eval_batches(corpus.val, cfg, "validation")
     template = abstract_state(cfg, optimizer)
     shardings = sharding.state_shardings(template, mesh)
     train_step = jax.jit(make_train_step(cfg.model, optimizer, cfg.grad_accum_steps), donate_argnums=0, out_shardings=(shardings, None))
@@ -58,7 +62,8 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
         start = int(state.step)
         if start >= cfg.max_steps:
             raise InputError(f"{log.out_dir} has made its {start} updates: pass a larger --max-steps to go on")
-        log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=describe_devices(cfg, mesh), resume=resume)
+        devices = describe_devices(cfg, mesh) + describe_choices(asked, cfg)
+        log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=devices, resume=resume)
         unreported: tuple[int, Metrics] | None = None
         for step in range(start, cfg.max_steps):
             state, metrics = train_step(state, sharding.shard_batch(batches[step], mesh))
@@ -110,3 +115,8 @@ def describe_devices(cfg: TrainConfig, mesh: Mesh) -> str:
     """How many devices of which kind, and whether they can't share the rows of a batch."""
     whole = "" if cfg.microbatch_size % mesh.size == 0 else f" (each with all rows: {cfg.microbatch_size} do not split over them)"
     return f"{mesh.size} x {jax.devices()[0].device_kind}{whole}"
+
+
+def describe_choices(asked: TrainConfig, cfg: TrainConfig) -> str:
+    """What was left open and is now known, for the first line."""
+    return f", grad_accum_steps {cfg.grad_accum_steps} (the fewest that fit)" if asked.grad_accum_steps == "auto" else ""

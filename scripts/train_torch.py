@@ -20,6 +20,8 @@ def main() -> None:
         raise InputError("the reference can't resume: its random generator depends on all that was drawn before; train_jax.py can")
     if args.config.fsdp > 1 or args.config.model.dtype != "float32" or args.config.model.remat:
         raise InputError("the reference trains in float32 on one device: pass --dtype float32 --no-remat --fsdp 1")
+    if args.config.grad_accum_steps == "auto":
+        raise InputError("grad_accum_steps=auto is found by compiling, in train_jax.py: pass a number")
 
     from flaxgpt.run.log import RunLog
     from flaxgpt.run.setup import prepare
