@@ -112,8 +112,10 @@ def _fraction() -> float:
 def _tpus(generation: str, shape: str) -> tuple[jax.Device, ...]:
     if not importlib.util.find_spec("libtpu"):
         raise InputError(f'{generation}: libtpu compiles for TPUs, and is not installed: pip install "jax[tpu]=={jax.__version__}"')
-    # libtpu would ask the cloud's metadata server which machine it is on. None of these says what is compiled for.
+    # libtpu would ask the cloud's metadata server which machine it is on, and let one process at a time use its TPUs, of which there are
+    # none here. None of these says what is compiled for.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     jax.config.update("jax_platforms", "cpu")
     generation = generation.removeprefix("tpu:")
     sides = tuple(map(int, shape.split("x")))
@@ -122,7 +124,7 @@ def _tpus(generation: str, shape: str) -> tuple[jax.Device, ...]:
     try:
         return tuple(topologies.get_topology_desc(platform="tpu", topology_name=f"{generation}:{shape}", **host).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(f"tpu:{generation}:{shape} is no slice: {str(error).splitlines()[0]}") from None
+        raise InputError(f"tpu:{generation}:{shape}: libtpu knows no such slice, or can't be used: {str(error).splitlines()[0]}") from None
 
 
 def _gpus(count: int) -> tuple[jax.Device, ...]:
