@@ -169,9 +169,9 @@ def _loss_and_gradients(
             (total, dkernel_DV), (x_BTD, targets_BT) = sums, part
             loss, dlogits_BTV = _cross_entropy(padded_logits(x_BTD, gathered_DV, vocab_size), targets_BT)
             dlogits_BTV = (dlogits_BTV / (B * T)).astype(x_BTD.dtype)
-            dx_BTD = jnp.einsum("BTV,DV->BTD", dlogits_BTV, gathered_DV, preferred_element_type=wide(x_BTD.dtype))
+            dx_BTD = jnp.einsum("BTV,DV->BTD", dlogits_BTV, gathered_DV)
             dkernel_DV += jnp.einsum("BTD,BTV->DV", x_BTD, dlogits_BTV, preferred_element_type=wide(x_BTD.dtype))
-            return (total + loss, placed(dkernel_DV, "DV")), dx_BTD.astype(x_BTD.dtype)
+            return (total + loss, placed(dkernel_DV, "DV")), dx_BTD
 
         zero = jnp.zeros((), wide(x_BTD.dtype)), jnp.zeros(kernel_DV.shape, wide(x_BTD.dtype))
         (total, dkernel_DV), dx_CBTD = jax.lax.scan(add, zero, _chunks(x_BTD, targets_BT, chunk))

@@ -16,10 +16,12 @@ import train_jax
 from conftest import SMALL, assert_close, random_ids, random_pair, refused
 
 from flaxgpt import model
+from flaxgpt.cache import Cache
 from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.convert.huggingface import from_huggingface, to_huggingface
 from flaxgpt.convert.params import fit_vocab, from_torch, to_torch
 from flaxgpt.errors import InputError
+from flaxgpt.generation.decode import next_logits, unstack
 from flaxgpt.generation.generate import complete
 from flaxgpt.kernels import Choice, choose_attention, choose_loss_chunk, fused_attention
 from flaxgpt.loss import head_loss
@@ -126,20 +128,24 @@ def test_a_model_with_splash_attention_has_the_loss_and_gradients_of_the_plain_o
 
 
 def test_weights_that_are_dropped_out_or_looked_at_and_a_cache_have_the_plain_attention(splash):
-    cfg = SMALL.replace(context_length=128)
-    params, tokens_BT = init_params(cfg, jax.random.key(0)), batch_of(cfg)[0]
-    dropping = cfg.replace(drop_rate=0.1)
-    _, masks = model.GPT(dropping).apply(
-        {"params": params}, tokens_BT, jnp.arange(len(tokens_BT)), rngs={"dropout": jax.random.key(0)}, mutable=["dropout_masks"]
-    )
-    forward(params, dropping, tokens_BT, dropout_masks=masks["dropout_masks"])
-    model.GPT(cfg).apply({"params": params}, tokens_BT, mutable=["taps"])
-    perturbations = {"trf_blocks": {"att": {"dropout": {"input": jnp.zeros((2, 2, 4, 128, 128))}}}}
-    model.GPT(cfg).apply({"params": params, "perturbations": perturbations}, tokens_BT)
-    complete(params, cfg, tokens_BT[:, :100], 2)
-    assert not splash
-    forward(params, dropping, tokens_BT)
-    assert splash, "without its key or masks nothing is dropped out"
+    cfg, tokens_BT = SMALL.replace(context_length=128, n_layers=1, drop_rate=0.1), jnp.zeros((2, 128), int)
+    perturbations = {"trf_blocks": {"att": {"dropout": {"input": jnp.zeros((1, 2, 4, 128, 128))}}}}
+    masks = {"trf_blocks": {"att": {"dropout": {"keep": jnp.ones((1, 2, 4, 128, 128), bool)}}}}
+    key = jax.random.key(0)
+
+    def trace(function, *args, **options):
+        jax.eval_shape(lambda: function(*args, **options))
+        used, splash[:] = bool(splash), []
+        return used
+
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), jax.eval_shape(lambda: init_params(cfg, key)))
+    gpt, cache = model.GPT(cfg), Cache.empty(cfg, jnp.zeros(2, int), 128)
+    assert trace(forward, params, cfg, tokens_BT)
+    assert not trace(forward, params, cfg, tokens_BT, dropout_key=key)
+    assert not trace(gpt.apply, {"params": params, "dropout_masks": masks}, tokens_BT, jnp.arange(2), rngs={"dropout": key})
+    assert not trace(gpt.apply, {"params": params}, tokens_BT, mutable=["taps"])
+    assert not trace(gpt.apply, {"params": params, "perturbations": perturbations}, tokens_BT)
+    assert not trace(next_logits, unstack(params, cfg), cfg, tokens_BT, cache)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +186,7 @@ def test_the_loss_in_chunks_equals_that_of_all_logits_and_so_do_its_gradients(ch
 def test_a_model_has_the_same_loss_and_gradients_in_chunks(tied):
     cfg = SMALL.replace(tie_embeddings=tied, dtype="float64", loss_chunk=0, n_layers=1)
     with jax.enable_x64(True):
-        params, batch = jax.tree.map(lambda x: np.asarray(x, np.float64), init_params(cfg, jax.random.key(0))), batch_of(cfg)
+        params, batch = jax.tree.map(lambda x: np.asarray(x, np.float64), initial(cfg)), batch_of(cfg)
         loss, grads = loss_and_gradients(params, cfg, batch)
         cfg = cfg.replace(loss_chunk=5)
         chunked_loss, chunked_grads = loss_and_gradients(params, cfg, batch)
@@ -204,29 +210,26 @@ def test_the_loss_in_chunks_never_holds_all_logits():
 
 
 def test_evaluating_in_chunks_computes_no_gradient():
-    cfg = SMALL.replace(loss_chunk=4)
-    params, batch = init_params(cfg, jax.random.key(0)), batch_of(cfg)
-    loss_of_head = str(
-        jax.make_jaxpr(functools.partial(head_loss, cfg=cfg))(hidden(params, cfg, batch[0]), head_kernel(params, cfg), batch[1])
-    )
-    with_gradient = str(
-        jax.make_jaxpr(jax.grad(functools.partial(head_loss, cfg=cfg)))(hidden(params, cfg, batch[0]), head_kernel(params, cfg), batch[1])
-    )
-    assert (loss_of_head.count("dot_general"), with_gradient.count("dot_general")) == (1, 3)
+    args = jnp.zeros((2, 16, 32)), jnp.zeros((32, 97)), jnp.zeros((2, 16), int)
+    loss = functools.partial(head_loss, cfg=SMALL.replace(loss_chunk=4))
+    products = [str(jax.make_jaxpr(f)(*args)).count("dot_general") for f in (loss, jax.grad(loss, (0, 1)))]
+    assert products == [1, 3]
 
 
-@pytest.mark.parametrize("remat", ["dots", "block"])
-def test_rematerialisation_changes_nothing(remat):
+def test_rematerialisation_changes_nothing():
     cfg = SMALL.replace(drop_rate=0.1)
-    params, batch = init_params(cfg, jax.random.key(0)), batch_of(cfg)
-    off, on = (loss_and_gradients(params, cfg.replace(remat=policy), batch, jax.random.key(1)) for policy in ("none", remat))
-    for a, b in zip(jax.tree.leaves(on), jax.tree.leaves(off), strict=True):
-        assert_close("remat on and off", a, b, BOUNDS["loss"].float32, where=remat)
+    params, batch = initial(cfg), batch_of(cfg)
+    off, dots, block = (
+        loss_and_gradients(params, cfg.replace(remat=remat), batch, jax.random.key(1)) for remat in ("none", "dots", "block")
+    )
+    for remat, on in (("dots", dots), ("block", block)):
+        for a, b in zip(jax.tree.leaves(on), jax.tree.leaves(off), strict=True):
+            assert_close("remat on and off", a, b, BOUNDS["loss"].float32, where=remat)
 
 
 def test_the_policies_of_rematerialisation_compute_different_amounts_again():
     cfg = SMALL.replace(drop_rate=0.0)
-    params, batch = init_params(cfg, jax.random.key(0)), batch_of(cfg)
+    params, batch = initial(cfg), batch_of(cfg)
 
     def dots(remat):
         return str(jax.make_jaxpr(lambda params: loss_and_gradients(params, cfg.replace(remat=remat), batch))(params)).count("dot_general")
@@ -246,13 +249,13 @@ def test_a_padded_vocabulary_changes_nothing(tied, chunk):
     padded = cfg.replace(vocab_multiple=64)
     assert padded.padded_vocab == 128
     with jax.enable_x64(True):
-        params, more = (jax.tree.map(np.asarray, init_params(c, jax.random.key(0))) for c in (cfg, padded))
+        params, more = (initial(c) for c in (cfg, padded))
         jax.tree.map(np.testing.assert_array_equal, fit_vocab(more, 97), params)
         jax.tree.map(np.testing.assert_array_equal, fit_vocab(params, 128), more)
         params, more = (jax.tree.map(lambda x: np.asarray(x, np.float64), tree) for tree in (params, more))
         batch = batch_of(cfg)
-        logits = forward(more, padded, batch[0])
-        assert_close("padded vocabulary: logits", logits, forward(params, cfg, batch[0]), 1e-14)
+        logits = [jax.jit(functools.partial(forward, cfg=c))(p, tokens_BT=batch[0]) for p, c in ((more, padded), (params, cfg))]
+        assert_close("padded vocabulary: logits", *logits, 1e-14)
         after = {}
         for config, start in ((cfg, params), (padded, more)):
             run = TrainConfig(model=config, batch_size=2, warmup_steps=0, decay="all")
@@ -280,7 +283,7 @@ def test_a_padded_vocabulary_changes_nothing(tied, chunk):
 @pytest.mark.parametrize("tied", [False, True])
 def test_padding_of_the_vocabulary_converts_away_and_back(tied):
     cfg = TrainConfig(model=SMALL.replace(tie_embeddings=tied, vocab_multiple=64, qkv_bias=True))
-    params = jax.tree.map(np.asarray, init_params(cfg.model, jax.random.key(0)))
+    params = initial(cfg.model)
     unpadded = {row: tensor.shape for row, tensor in to_torch(fit_vocab(params, 97), cfg.model.replace(vocab_multiple=1)).items()}
     state_dict = to_torch(params, cfg.model)
     assert {name: tensor.shape for name, tensor in state_dict.items()} == unpadded
@@ -362,8 +365,10 @@ def sent_in_loops(program):
 def test_the_loss_in_chunks_on_eight_devices_equals_that_on_one(mesh):
     result = on_eight(mesh, "loss")
     assert result["difference"] < BOUNDS["gradients"].float64
-    tokens = 8 * 5
-    assert max(sent_in_loops(result["program"]), default=0) <= tokens, "more than a number for each token is sent in each chunk"
+    data, fsdp, tensor = map(int, mesh.split("x"))
+    tokens = 8 // data // fsdp * 5
+    most = tokens * 32 if tensor > 1 else tokens  # what a part of the vocabulary adds to the gradient of x has to be sent
+    assert max(sent_in_loops(result["program"]), default=0) <= most, "in each chunk, more is sent than has to be"
 
 
 @pytest.mark.parametrize("mesh", ["1x8x1", "2x2x2"])
@@ -371,6 +376,10 @@ def test_splash_attention_on_eight_devices_equals_that_on_one(mesh):
     result = on_eight(mesh, "splash")
     assert result["difference"] < BOUNDS["activations"].float32
     assert not sent_in_loops(result["program"])
+
+
+def initial(cfg):
+    return jax.device_get(jax.jit(functools.partial(init_params, cfg))(jax.random.key(0)))
 
 
 def batch_of(cfg, rows=2, seed=0):
@@ -386,4 +395,4 @@ def loss_and_gradients(params, cfg, batch, dropout_key=None):
 
 
 def start_state(tx, params):
-    return TrainState(jnp.int32(0), params, tx.init(params), jax.random.key(0))
+    return jax.jit(lambda params: TrainState(jnp.int32(0), params, tx.init(params), jax.random.key(0)))(params)
