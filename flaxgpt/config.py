@@ -12,7 +12,7 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from flaxgpt.errors import InputError
 from flaxgpt.presets import PRESETS
@@ -135,8 +135,9 @@ class TrainConfig(_Config):
     """Drop the windows left over when an epoch does not fill a batch; otherwise the next epoch's complete it."""
     batch_size: int = 8
     """Windows in one update, over all devices and microbatches (the global batch)."""
-    grad_accum_steps: int = 1
-    """Microbatches that one update (and evaluation batch) is computed in, with the exact mean gradient; divides batch_size."""
+    grad_accum_steps: int | Literal["auto"] = 1
+    """Microbatches that one update (and evaluation batch) is computed in, with the exact mean gradient; divides batch_size.
+    auto: the fewest that fit in the devices' memory, found by compiling when the run begins."""
     max_steps: int = 1000
     """Updates in the whole run."""
     learning_rate: float = 1e-3
@@ -188,8 +189,9 @@ class TrainConfig(_Config):
         if isinstance(self.model, Mapping):
             object.__setattr__(self, "model", GPTConfig.from_dict(self.model))
         self._check_types()
-        counts = "stride batch_size grad_accum_steps max_steps decay_steps log_every eval_every eval_batches checkpoint_every"
+        counts = "stride batch_size max_steps decay_steps log_every eval_every eval_batches checkpoint_every"
         self._require(f"{counts} keep_checkpoints fsdp tensor", lambda v: v >= 1, "at least 1")
+        self._require("grad_accum_steps", lambda v: v == "auto" or v >= 1, "at least 1, or auto")
         self._require("warmup_steps sample_tokens", lambda v: v >= 0, "at least 0")
         self._require("learning_rate min_learning_rate weight_decay", lambda v: 0 <= v < math.inf, "a number of at least 0")
         self._require("eps clip_norm", lambda v: 0 < v < math.inf, "a positive number")
@@ -197,7 +199,7 @@ class TrainConfig(_Config):
         self._require("train_ratio", lambda v: 0 < v < 1, "a value between 0 and 1, so that some text trains and some validates")
         self._require("seed", lambda v: 0 <= v < 2**32, "a value in [0, 2**32)")
         self._require("prompt", bool, "some text (the prompt is empty), or none given")
-        if self.batch_size % self.grad_accum_steps:
+        if self.grad_accum_steps != "auto" and self.batch_size % self.grad_accum_steps:
             raise InputError(f"batch_size={self.batch_size} is not divisible by grad_accum_steps={self.grad_accum_steps}")
         if self.total_decay_steps <= self.warmup_steps:
             raise InputError(f"decay_steps={self.decay_steps}: expected more than warmup_steps={self.warmup_steps}")
@@ -232,7 +234,13 @@ class TrainConfig(_Config):
 
     @property
     def microbatch_size(self) -> int:
-        """Windows that are computed at once."""
+        """Windows that are computed at once.
+
+        Raises:
+            InputError: the number of microbatches is still to be found (auto).
+        """
+        if self.grad_accum_steps == "auto":
+            raise InputError("grad_accum_steps=auto is found by train_jax.py when it begins: give a number here")
         return self.batch_size // self.grad_accum_steps
 
     @property
@@ -308,7 +316,7 @@ Setting: TypeAlias = float | tuple[int, ...] | Mapping[int, float] | None
 def _is_a(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    if get_origin(kind) is types.UnionType:
+    if get_origin(kind) in (types.UnionType, Union):  # with a Literal in it, int | ... is the second
         return any(_is_a(value, k) for k in get_args(kind))
     if kind in (int, float):  # a bool is not a number here; an int does for a float
         return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
@@ -318,6 +326,8 @@ def _is_a(value: Any, kind: Any) -> bool:
 def _describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) in (types.UnionType, Union):
+        return " or ".join("None" if part is types.NoneType else _describe(part) for part in get_args(kind))
     return getattr(kind, "__name__", str(kind))
 
 

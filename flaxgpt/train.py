@@ -19,6 +19,8 @@ from flaxgpt.errors import InputError
 from flaxgpt.generation.generate import generate
 from flaxgpt.kernels import choose_attention
 from flaxgpt.optim import make_optimizer, make_schedule
+from flaxgpt.plan.plan import settle
+from flaxgpt.plan.targets import present
 from flaxgpt.run.folder import CHECKPOINTS
 from flaxgpt.run.log import RunLog, check_loss
 from flaxgpt.state import TrainState, abstract_state, count_params, create_state
@@ -41,16 +43,18 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
         params: what to start from, if not from random parameters.
 
     Raises:
-        InputError: the splits are too short for the config, there is nothing to resume from, the attention that is asked for is
-            impossible on these devices, or the loss is not finite.
+        InputError: the splits are too short for the config, the devices can't share its batches, no number of microbatches fits in memory
+            (where it is to be found), the attention that is asked for is impossible on these devices, there is nothing to resume from,
+            or the loss is not finite.
     """
     if cfg.model.dtype == "float64":
         raise InputError("dtype=float64 is for comparisons (parity_report.py, replay.py): train in float32 or bfloat16")
     batches = train_batches(corpus.train, cfg)
-    splits = eval_batches(corpus.train, cfg, "training"), eval_batches(corpus.val, cfg, "validation")
     mesh, optimizer = sharding.make_mesh(cfg.fsdp, cfg.tensor), make_optimizer(cfg)
+    asked, cfg = cfg, settle(cfg, present(list(mesh.devices.flat)))
     sharding.check_batch(cfg, mesh)
-    devices = describe_devices(cfg, mesh)
+    splits = eval_batches(corpus.train, cfg, "training"), eval_batches(corpus.val, cfg, "validation")
+    devices = describe_devices(cfg, mesh) + describe_choices(asked, cfg)
     template = abstract_state(cfg, optimizer)
     shardings = sharding.state_shardings(template, mesh)
     compute_mesh = sharding.compute_mesh(mesh, cfg.gather)
@@ -122,3 +126,8 @@ def describe_devices(cfg: TrainConfig, mesh: Mesh) -> str:
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     choice = choose_attention(cfg.model, cfg.model.context_length, device.platform, dropout=cfg.model.drop_rate > 0)
     return f"{mesh.size} x {device.device_kind}{axes and f' ({axes})'}, {choice.implementation} attention ({choice.reason})"
+
+
+def describe_choices(asked: TrainConfig, cfg: TrainConfig) -> str:
+    """What was left open and is now known, for the first line."""
+    return f", grad_accum_steps {cfg.grad_accum_steps} (the fewest that fit)" if asked.grad_accum_steps == "auto" else ""
