@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -98,6 +99,23 @@ def test_every_mesh_and_every_accumulation_train_as_one_device_does(dtype, rel):
     meshes = [(1, 1), (8, 1), (4, 1), (2, 2), (2, 4)]  # data 8, 1, 2, 2 and 1
     runs = [(8, *mesh, accum, gather) for mesh in meshes for accum in (1, 2, 4) for gather in ("layer", "update")]
     check(train(dtype, 20, ONE, *runs), rel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--data 2 --fsdp 2 --tensor 2 --vocab-multiple 2 --loss-chunk 16 --gather update --remat dots",
+        "--fsdp 4 --tensor 2 --vocab-multiple 8",
+    ],
+)
+def test_the_ladder_climbs_the_program_of_eight_devices(flags):
+    script = Path(__file__).parent.parent / "scripts" / "parity_report.py"
+    done = subprocess.run(
+        [sys.executable, script, *flags.split(), "--steps", "2", "--length", "32"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "on 9 rungs, all within their bounds" in done.stdout
 
 
 def test_axes_that_do_not_divide_the_devices_are_refused():
