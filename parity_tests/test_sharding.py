@@ -115,7 +115,7 @@ def test_the_ladder_climbs_the_program_of_eight_devices(flags):
         [sys.executable, script, *flags.split(), "--steps", "2", "--length", "32"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "on 9 rungs, all within their bounds" in done.stdout
+    assert "all within their bounds" in done.stdout
 
 
 def test_axes_that_do_not_divide_the_devices_are_refused():

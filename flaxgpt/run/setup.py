@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from flaxgpt.config import TrainConfig
 from flaxgpt.data.corpora import Corpus, load_corpus
@@ -22,11 +23,15 @@ CHANGEABLE = (
     "keep_checkpoints",
     "prompt",
     "sample_tokens",
+    "grad_accum_steps",
     "fsdp",
     "tensor",
     "gather",
+    "model.remat",
+    "model.attention",
+    "model.loss_chunk",
 )
-"""What `--resume` may change: how long to train and how to look, not what is trained on what."""
+"""What `--resume` may change: how long to train, how to look and how to compute, not what is trained on what."""
 
 
 def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite: bool = False) -> tuple[TrainConfig, Corpus]:
@@ -53,7 +58,7 @@ def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite:
     cfg = cfg.replace(model=model, decay_steps=cfg.total_decay_steps, prompt=cfg.prompt or _opening_words(corpus))
     corpus.tokenizer.encode(cfg.prompt)
     if resume:
-        saved, new = load_config(out_dir).to_dict(), cfg.to_dict()
+        saved, new = (_flat(config) for config in (load_config(out_dir), cfg))
         if changed := [name for name in saved if saved[name] != new[name] and name not in CHANGEABLE]:
             raise InputError(f"--resume can't change {', '.join(changed)}; start another run with another --out-dir")
         if load_tokenizer(out_dir / TOKENIZER).to_dict() != corpus.tokenizer.to_dict() or read_text(out_dir / DATA) != corpus.fingerprint():
@@ -81,6 +86,12 @@ def check_out_dir(out_dir: Path, *, resume: bool, overwrite: bool) -> None:
         if not overwrite:
             raise InputError(f"{out_dir} exists: pass --resume to go on with it, --overwrite to delete it, or another --out-dir")
         load_config(out_dir)  # what is not a run folder is not for us to delete
+
+
+def _flat(cfg: TrainConfig) -> dict[str, Any]:
+    """The fields by name, those of the model as model.name."""
+    fields = cfg.to_dict()
+    return {f"model.{name}": value for name, value in fields.pop("model").items()} | fields
 
 
 def _opening_words(corpus: Corpus) -> str:
