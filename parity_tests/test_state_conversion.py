@@ -21,7 +21,9 @@ CONFIG = TrainConfig(model=SMALL, batch_size=4, warmup_steps=2, max_steps=8)
 
 @pytest.fixture(scope="module", params=["all", "matrices"])
 def cfg(request):
-    return CONFIG.replace(decay=request.param)
+    """With every kind of bias, and without any."""
+    model = {"qkv_bias": True} if request.param == "all" else {"bias": False, "activation": "gelu"}
+    return CONFIG.replace(decay=request.param, model=SMALL.replace(**model))
 
 
 def batch(step):

@@ -89,8 +89,11 @@ def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], An
     Raises:
         InputError: the file is damaged, holds something else, or anything but tensors and plain containers.
     """
+    misnamed = path.suffix == ".safetensors"  # torch.load would believe the name; of an open file, it sees none
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with path.open("rb") as file:
+            mapped = zipfile.is_zipfile(path) and not misnamed
+            loaded = torch.load(file if misnamed else path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is not a state_dict that can be read safely ({_short(error)})") from None
     about, optimizer = {}, None

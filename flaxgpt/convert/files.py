@@ -85,7 +85,7 @@ class Tensors(Mapping[str, "Tensor"]):
         try:
             done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
             if done.returncode:
-                raise InputError(done.stderr.strip().removeprefix("error: ") or f"{path} could not be read by torch")
+                raise (InputError if done.returncode == 2 else RuntimeError)(done.stderr.strip().removeprefix("error: "))
             tensors = cls(scratch / WEIGHTS)
         except BaseException:
             shutil.rmtree(scratch)
@@ -176,7 +176,10 @@ def writing(target: Path) -> Iterator[Path]:
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any] | None = None) -> None:
     """Write one safetensors file, with what it is about in its metadata."""
     metadata = {"format": "pt"} | ({} if about is None else {ABOUT: json.dumps(about)})
+    path.touch()
+    mode = path.stat().st_mode  # as others are made here; safetensors makes files that only their owner may read
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def write_shards(folder: Path, tensors: Mapping[str, np.ndarray], sizes: Mapping[str, int], limit: int) -> None:

@@ -11,20 +11,18 @@ from flaxgpt.data.tokenizer import END_OF_TEXT, CharTokenizer, GPT2Tokenizer, To
 from flaxgpt.errors import InputError
 
 
-def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     """The tokenizer of a Hugging Face folder: GPT-2's, or one of characters as `tokenizer_files` writes it.
 
     Args:
-        folder: with tokenizer.json, or vocab.json and merges.txt; with none of them, the size of the vocabulary decides.
+        folder: with tokenizer.json, or vocab.json and merges.txt; with none of them, `guess_tokenizer` decides.
         vocab_size: of the model; more than the tokenizer has where it is padded.
 
     Raises:
         InputError: it is another tokenizer, one of more tokens than the model has, or its files are damaged.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")):
-        if (guessed := guess_tokenizer(vocab_size)) is None:
-            raise InputError(f"{folder} has no tokenizer.json, and its vocab_size is {vocab_size}: GPT-2's is 50257, or padded to 50304")
-        return guessed
+        return guess_tokenizer(vocab_size)
     tokenizer: Tokenizer = GPT2Tokenizer()
     expected, name = _gpt2_json(), "tokenizer.json"
     try:

@@ -58,7 +58,7 @@ def open_source(path_or_id: Path | str, *, n_heads: int | None = None, meta: Pat
     path = find_model(path_or_id)
     if path.is_dir() and not (path / CONFIG).exists() and (path / NANOGPT_FILE).is_file():
         path = path / NANOGPT_FILE
-    source = _open_folder(path) if path.is_dir() else _open_file(path, n_heads)
+    source = _open_folder(path) if path.is_dir() else _open_file(path, n_heads, meta)
     if meta:
         source = source._replace(tokenizer=read_meta(meta))
     if source.tokenizer and source.tokenizer.vocab_size > source.cfg.vocab_size:
@@ -85,7 +85,7 @@ def _open_folder(folder: Path) -> Source:
     return Source(folder, cfg, read_tokenizer(folder, cfg.vocab_size), open_params(Tensors.of_folder(folder), cfg, HUGGINGFACE))
 
 
-def _open_file(path: Path, n_heads: int | None) -> Source:
+def _open_file(path: Path, n_heads: int | None, meta: Path | None) -> Source:
     with path.open("rb") as file:
         start = file.read(4)
     tensors = Tensors.of_pickle(path) if start == b"PK\3\4" or start[:1] == b"\x80" else Tensors(path)  # a zip, or a pickle by itself
@@ -94,8 +94,8 @@ def _open_file(path: Path, n_heads: int | None) -> Source:
         raise InputError(f"n_heads={n_heads}: {path} has its own config; leave it out")
     if "model_args" in about:
         cfg = config_from_nanogpt(about["model_args"])
-        meta = path.with_name(META)
-        tokenizer = read_meta(meta) if meta.is_file() else guess_tokenizer(cfg.vocab_size)
+        beside = path.with_name(META)
+        tokenizer = read_meta(beside) if meta is None and beside.is_file() else guess_tokenizer(cfg.vocab_size)
         return Source(path, cfg, tokenizer, open_params(tensors, cfg, NANOGPT))
     if not any("tok_emb." in name for name in tensors):
         hint = " (those of Hugging Face come in a folder with a config.json)" if any("wte." in name for name in tensors) else ""
