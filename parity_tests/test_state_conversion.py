@@ -21,9 +21,9 @@ CONFIG = TrainConfig(model=SMALL, batch_size=4, warmup_steps=2, max_steps=8)
 
 @pytest.fixture(scope="module", params=["all", "matrices"])
 def cfg(request):
-    """With every kind of bias, and without any."""
-    model = {"qkv_bias": True} if request.param == "all" else {"bias": False, "activation": "gelu"}
-    return CONFIG.replace(decay=request.param, model=SMALL.replace(**model))
+    """With biases, and without any."""
+    model = SMALL if request.param == "all" else SMALL.replace(bias=False, activation="gelu")
+    return CONFIG.replace(decay=request.param, model=model)
 
 
 def batch(step):

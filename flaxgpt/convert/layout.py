@@ -7,7 +7,7 @@ so that a device can be given its part without the rest. `Written` is the same t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ StateDict = dict[str, np.ndarray]
 
 
 def open_params(tensors: Mapping[str, Indexable], cfg: GPTConfig, layout: Layout, dtype: DTypeLike = np.float32) -> dict[str, Any]:
-    """The parameters of `flaxgpt.model.GPT` in the tensors of a state_dict, of which nothing but a few biases is read yet.
+    """The parameters of `flaxgpt.model.GPT` in the tensors of a state_dict, of which only what must be compared is read yet.
 
     Args:
         tensors: by the names of the layout; prefixes and causal masks may be there or not, and so may the head of a tied model, which must
@@ -52,16 +52,16 @@ def open_params(tensors: Mapping[str, Indexable], cfg: GPTConfig, layout: Layout
         raise InputError("the state_dict does not fit the config: " + "; ".join(faults))
     params: dict[str, Any] = {}
     for row in parameters(cfg):
-        insert(params, row.path, Parameter({name: tensors[keys[name]] for name in layout.names(row, cfg)}, row, cfg, layout, dtype))
+        insert(params, row.path, Parameter([tensors[keys[name]] for name in layout.names(row, cfg)], row, cfg, layout, dtype))
     return params
 
 
 class Parameter:
     """One of the model's parameters, in the tensors of a state_dict: read where it is indexed, by slices."""
 
-    def __init__(self, tensors: Mapping[str, Indexable], row: Row, cfg: GPTConfig, layout: Layout, dtype: DTypeLike) -> None:
+    def __init__(self, tensors: Sequence[Indexable], row: Row, cfg: GPTConfig, layout: Layout, dtype: DTypeLike) -> None:
         """`tensors` are the row's, of all layers in their order."""
-        self._tensors, self._row, self._layout = list(tensors.values()), row, layout
+        self._tensors, self._row, self._layout = tensors, row, layout
         self.shape, self.dtype = parameter_shape(row, cfg), np.dtype(dtype)
 
     def __getitem__(self, index: Index) -> np.ndarray:

@@ -49,10 +49,6 @@ class Row(NamedTuple):
         """Whether it is one of each block's."""
         return "{}" in self.torch
 
-    def keys(self, cfg: GPTConfig) -> list[str]:
-        """Its keys in the reference's state_dict: one for each layer, or one."""
-        return REFERENCE.names(self, cfg)
-
 
 # In the order of the reference's modules, by which torch's optimizers number parameters.
 PARAMETERS = (
