@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxgpt.config import GPTConfig
+from flaxgpt.sharding import placed
 
 
 class LayerCache(NamedTuple):
@@ -49,7 +50,7 @@ class Cache(NamedTuple):
     @classmethod
     def empty(cls, cfg: GPTConfig, first_B: jax.Array, slots: int) -> Cache:
         """A cache with nothing in it; row b is to begin at slot first_B[b]."""
-        empty_BNSH = jnp.zeros((first_B.shape[0], cfg.n_heads, slots, cfg.emb_dim // cfg.n_heads), cfg.dtype)
+        empty_BNSH = placed(jnp.zeros((first_B.shape[0], cfg.n_heads, slots, cfg.emb_dim // cfg.n_heads), cfg.dtype), "BNSH")
         return cls(((empty_BNSH, empty_BNSH),) * cfg.n_layers, first_B, jnp.int32(0))
 
     @property

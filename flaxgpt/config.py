@@ -12,7 +12,7 @@ import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from flaxgpt.errors import InputError
 from flaxgpt.presets import PRESETS
@@ -55,7 +55,7 @@ class GPTConfig(_Config):
     """The model: GPT-2's architecture, its size, and how it is initialised and computed."""
 
     vocab_size: int = 50257
-    """Rows of the token embedding. Training sets it to the tokenizer's size."""
+    """Tokens that there are. Training sets it to the tokenizer's size."""
     context_length: int = 1024
     """Longest sequence the model sees, in tokens."""
     emb_dim: int = 768
@@ -80,17 +80,38 @@ class GPTConfig(_Config):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Precision of activations and matrix products; parameters, norms, softmax and logits are float32 at least.
     float64 is for checking numerics: it wants JAX_ENABLE_X64=1 and float64 parameters."""
-    remat: bool = False
-    """Recompute each block's activations in the backward pass: less memory, about a third more work."""
+    attention: Literal["auto", "plain", "fused"] = "auto"
+    """fused: a kernel that holds no attention weights (cuDNN's on a GPU, splash attention on a TPU). auto: where it can be used."""
+    loss_chunk: int | None = None
+    """Positions of each row whose logits are held at a time in the loss; 0: all. None: all on a CPU, about 2048 tokens elsewhere."""
+    vocab_multiple: int = 1
+    """Pad the vocabulary's axis of the parameters with zeros to a multiple of this; what is computed stays the same."""
+    remat: Literal["none", "dots", "block"] = "none"
+    """What of a block the backward pass computes again. block: everything, for the least memory and about a third more work.
+    dots: everything but the products with weights."""
 
     def __post_init__(self) -> None:
         self._check_types()
         self._require("vocab_size context_length emb_dim n_heads n_layers", lambda v: v >= 1, "at least 1")
+        self._require("vocab_multiple", lambda v: v >= 1, "at least 1")
+        self._require("loss_chunk", lambda v: v >= 0, "at least 0")
         self._require("drop_rate", lambda v: 0 <= v < 1, "a value in [0, 1)")
         if self.emb_dim % self.n_heads:
             raise InputError(f"emb_dim={self.emb_dim} is not divisible by n_heads={self.n_heads}")
         if self.qkv_bias and not self.bias:
             raise InputError("bias=False means no biases anywhere: set qkv_bias=False as well (--no-qkv-bias)")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """As of every config; `remat` may be the boolean that it was in older files."""
+        older = {False: "none", True: "block"}
+        remat = values.get("remat")
+        return super().from_dict({**values, "remat": older[remat]} if isinstance(remat, bool) else values)
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the token embedding: `vocab_size`, rounded up to a multiple of `vocab_multiple`."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @classmethod
     def preset(cls, name: str) -> GPTConfig:
@@ -121,8 +142,9 @@ class TrainConfig(_Config):
     """Drop the windows left over when an epoch does not fill a batch; otherwise the next epoch's complete it."""
     batch_size: int = 8
     """Windows in one update, over all devices and microbatches (the global batch)."""
-    grad_accum_steps: int = 1
-    """Microbatches that one update (and evaluation batch) is computed in, with the exact mean gradient; divides batch_size."""
+    grad_accum_steps: int | Literal["auto"] = 1
+    """Microbatches that one update (and evaluation batch) is computed in, with the exact mean gradient; divides batch_size.
+    auto: the fewest that fit in the devices' memory, found by compiling when the run begins."""
     max_steps: int = 1000
     """Updates in the whole run."""
     learning_rate: float = 1e-3
@@ -162,15 +184,21 @@ class TrainConfig(_Config):
     sample_tokens: int = 50
     """Tokens in that sample, decoded greedily; 0: none."""
     fsdp: int = 1
-    """Devices that share one copy of the parameters (fully sharded data parallelism); the rest hold further copies."""
+    """Devices that share one copy of the parameters and the rows of a batch (fully sharded data parallelism)."""
+    tensor: int = 1
+    """Devices that share the heads, the feed-forward units and the vocabulary. What fsdp x tensor leaves is data parallel."""
+    gather: Literal["layer", "update"] = "layer"
+    """When weights that fsdp has split are gathered. layer: each layer's when it is its turn (least memory). update: all of them,
+    once an update (least traffic); moments and float32 weights stay split."""
     model: GPTConfig = field(default_factory=GPTConfig)
 
     def __post_init__(self) -> None:
         if isinstance(self.model, Mapping):
             object.__setattr__(self, "model", GPTConfig.from_dict(self.model))
         self._check_types()
-        counts = "stride batch_size grad_accum_steps max_steps decay_steps log_every eval_every eval_batches checkpoint_every"
-        self._require(f"{counts} keep_checkpoints fsdp", lambda v: v >= 1, "at least 1")
+        counts = "stride batch_size max_steps decay_steps log_every eval_every eval_batches checkpoint_every"
+        self._require(f"{counts} keep_checkpoints fsdp tensor", lambda v: v >= 1, "at least 1")
+        self._require("grad_accum_steps", lambda v: v == "auto" or v >= 1, "at least 1, or auto")
         self._require("warmup_steps sample_tokens", lambda v: v >= 0, "at least 0")
         self._require("learning_rate min_learning_rate weight_decay", lambda v: 0 <= v < math.inf, "a number of at least 0")
         self._require("eps clip_norm", lambda v: 0 < v < math.inf, "a positive number")
@@ -178,7 +206,7 @@ class TrainConfig(_Config):
         self._require("train_ratio", lambda v: 0 < v < 1, "a value between 0 and 1, so that some text trains and some validates")
         self._require("seed", lambda v: 0 <= v < 2**32, "a value in [0, 2**32)")
         self._require("prompt", bool, "some text (the prompt is empty), or none given")
-        if self.batch_size % self.grad_accum_steps:
+        if self.grad_accum_steps != "auto" and self.batch_size % self.grad_accum_steps:
             raise InputError(f"batch_size={self.batch_size} is not divisible by grad_accum_steps={self.grad_accum_steps}")
         if self.total_decay_steps <= self.warmup_steps:
             raise InputError(f"decay_steps={self.decay_steps}: expected more than warmup_steps={self.warmup_steps}")
@@ -189,6 +217,12 @@ class TrainConfig(_Config):
             )
         if self.model.emb_dim % self.fsdp:
             raise InputError(f"emb_dim={self.model.emb_dim} is not divisible by fsdp={self.fsdp}")
+        if self.model.n_heads % self.tensor:
+            raise InputError(f"n_heads={self.model.n_heads} is not divisible by tensor={self.tensor}")
+        if self.model.padded_vocab % self.tensor:
+            raise InputError(
+                f"vocab_size={self.model.vocab_size} is not divisible by tensor={self.tensor}: pass --vocab-multiple {self.tensor}"
+            )
 
     @property
     def window_stride(self) -> int:
@@ -207,7 +241,13 @@ class TrainConfig(_Config):
 
     @property
     def microbatch_size(self) -> int:
-        """Windows that are computed at once."""
+        """Windows that are computed at once.
+
+        Raises:
+            InputError: the number of microbatches is still to be found (auto).
+        """
+        if self.grad_accum_steps == "auto":
+            raise InputError("grad_accum_steps=auto is found by train_jax.py when it begins: give a number here")
         return self.batch_size // self.grad_accum_steps
 
     @property
@@ -283,7 +323,7 @@ Setting: TypeAlias = float | tuple[int, ...] | Mapping[int, float] | None
 def _is_a(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    if get_origin(kind) is types.UnionType:
+    if get_origin(kind) in (types.UnionType, Union):  # with a Literal in it, int | ... is the second
         return any(_is_a(value, k) for k in get_args(kind))
     if kind in (int, float):  # a bool is not a number here; an int does for a float
         return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
@@ -293,6 +333,8 @@ def _is_a(value: Any, kind: Any) -> bool:
 def _describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
+    if get_origin(kind) in (types.UnionType, Union):
+        return " or ".join("None" if part is types.NoneType else _describe(part) for part in get_args(kind))
     return getattr(kind, "__name__", str(kind))
 
 

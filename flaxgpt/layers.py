@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from flaxgpt.config import GPTConfig
+from flaxgpt.convert.names import VOCAB_AXES
+from flaxgpt.sharding import placed
 
 
 def dense(cfg: GPTConfig, path: str, features: int, *, use_bias: bool) -> nn.Dense:
@@ -20,25 +22,34 @@ def dense(cfg: GPTConfig, path: str, features: int, *, use_bias: bool) -> nn.Den
     return nn.Dense(features, use_bias=use_bias, dtype=cfg.dtype, kernel_init=kernel_init, bias_init=bias_init)
 
 
-def embedding(cfg: GPTConfig, path: str, rows: int) -> nn.Embed:
-    """A table of `rows` vectors, initialised as the parameter at this path is."""
-    return nn.Embed(rows, cfg.emb_dim, dtype=cfg.dtype, embedding_init=initialiser(cfg, f"{path}/embedding"))
+class Embedding(nn.Module):
+    """A table of `rows` vectors, initialised as the parameter at this path is: ids of any shape -> their vectors."""
+
+    cfg: GPTConfig
+    path_of_table: str
+    rows: int
+
+    def setup(self) -> None:
+        self.embedding = self.param("embedding", initialiser(self.cfg, f"{self.path_of_table}/embedding"), (self.rows, self.cfg.emb_dim))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return jnp.take(placed(self.embedding.astype(self.cfg.dtype), "VD"), ids, axis=0)
 
 
 class OutHead(nn.Module):
-    """The untied head: a projection to the vocabulary without bias, to float32 at least."""
+    """The untied head's kernel_DV, without bias; what pads the vocabulary included."""
 
     cfg: GPTConfig
 
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        shape = (self.cfg.emb_dim, self.cfg.vocab_size)
-        return project(x_BTD, self.param("kernel", initialiser(self.cfg, "out_head/kernel"), shape))
+    def setup(self) -> None:
+        self.kernel = self.param("kernel", initialiser(self.cfg, "out_head/kernel"), (self.cfg.emb_dim, self.cfg.padded_vocab))
 
 
+@jax.named_scope("out_head")
 def project(x_BTD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
     """Logits (B, T, V): a product in the dtype of x, added up in float32 at least."""
-    return jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=wide(x_BTD.dtype))
+    kernel_DV = placed(kernel_DV.astype(x_BTD.dtype), "DV")
+    return jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV, preferred_element_type=wide(x_BTD.dtype))
 
 
 class LayerNorm(nn.Module):
@@ -59,26 +70,33 @@ class LayerNorm(nn.Module):
 class Dropout(nn.Module):
     """Zeroes a part of the elements and scales the rest by 1 / (1 - rate).
 
-    What to keep is drawn from the "dropout" stream, unless the caller hands it in: a boolean array `keep` of the
-    shape of x, in the collection "dropout_masks" at this module's path. So a run of another implementation can be replayed.
-    With `mutable=["dropout_masks"]` what was drawn comes back, to be replayed elsewhere.
+    What to keep is drawn from the "dropout" stream and the row's number, so that a row's masks do not depend on the device or the
+    microbatch that it is in. Without numbers, dropout is off. Masks can also be handed in: a boolean array `keep` of the shape of x, in
+    the collection "dropout_masks" at this module's path. So a run of another implementation can be replayed. With
+    `mutable=["dropout_masks"]` what was drawn comes back, to be replayed elsewhere.
     """
 
     rate: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        if deterministic or self.rate == 0:
+    def __call__(self, x: jax.Array, rows_B: jax.Array | None) -> jax.Array:
+        if rows_B is None or self.rate == 0:
             return x
         if self.has_variable("dropout_masks", "keep"):
             keep = self.get_variable("dropout_masks", "keep")
             if keep.shape != x.shape:
                 raise ValueError(f"the dropout mask of {'/'.join(self.path)} is {keep.shape}, expected {x.shape}")
         else:
-            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("dropout"), rows_B)
+            keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys_B)
             if self.is_mutable_collection("dropout_masks"):
                 self.put_variable("dropout_masks", "keep", keep)
         return jnp.where(keep, x / (1 - self.rate), 0)
+
+    def inert(self, rows_B: jax.Array | None) -> bool:
+        """Whether a call would return x, and nobody looks at x there (see `tapped`): then x need not exist."""
+        looked_at = self.is_mutable_collection("taps") or self.has_variable("perturbations", "input")
+        return (rows_B is None or self.rate == 0) and not looked_at
 
 
 class Identity(nn.Module):
@@ -88,15 +106,31 @@ class Identity(nn.Module):
         return x
 
 
+def rematerialised(block: Callable[..., Any], cfg: GPTConfig) -> Callable[..., Any]:
+    """A block, to be scanned, that keeps for the backward pass what `cfg.remat` says."""
+    if cfg.remat == "none":
+        return block
+    policies = {"block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    return nn.remat(block, prevent_cse=False, policy=policies[cfg.remat])
+
+
 def wide(dtype: jnp.dtype) -> jnp.dtype:
     """What norms, softmax and logits are computed in: float32, or float64 in a float64 model."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def initialiser(cfg: GPTConfig, path: str) -> Initializer:
-    """How the parameter at this path is drawn: `cfg.init` chooses the column of INITIALISERS."""
+    """How the parameter at this path is drawn: `cfg.init` chooses the column of INITIALISERS. What pads the vocabulary is zero."""
     gpt2, torch = INITIALISERS[path]
-    return (gpt2 if cfg.init == "gpt2" else torch)(cfg)
+    draw = (gpt2 if cfg.init == "gpt2" else torch)(cfg)
+    if path not in VOCAB_AXES:
+        return draw
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        unpadded = tuple(cfg.vocab_size if axis == VOCAB_AXES[path] else size for axis, size in enumerate(shape))
+        return jnp.pad(draw(key, unpadded, dtype), [(0, size - real) for size, real in zip(shape, unpadded, strict=True)])
+
+    return init
 
 
 def _normal(_: GPTConfig) -> Initializer:

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 
 from flaxgpt.cache import LayerCache
 from flaxgpt.config import GPTConfig
-from flaxgpt.layers import Dropout, Identity, LayerNorm, OutHead, dense, embedding, project, wide
+from flaxgpt.kernels import choose_attention, current_platform, fused_attention
+from flaxgpt.layers import Dropout, Embedding, Identity, LayerNorm, OutHead, dense, project, rematerialised, wide
+from flaxgpt.sharding import placed
 from flaxgpt.types import Params
 
 
@@ -36,6 +38,7 @@ def forward(
     tokens_BT: jax.Array,
     *,
     dropout_key: jax.Array | None = None,
+    rows_B: jax.Array | None = None,
     dropout_masks: Params | None = None,
 ) -> jax.Array:
     """float32 logits_BTV of the token after each position (float64 of a float64 model).
@@ -47,14 +50,48 @@ def forward(
         cfg: the model.
         tokens_BT: token ids, any integer dtype, at most `cfg.context_length` of them in a row.
         dropout_key: a typed PRNG key.
+        rows_B: numbers of the rows in the batch that they are part of: a row's masks depend on the key and on its number alone.
+            None: 0 to B - 1.
         dropout_masks: what dropout keeps, booleans by module (see `flaxgpt.layers.Dropout`).
 
     Raises:
         ValueError: T is larger than the context length, or a mask has another shape than what it is for.
     """
+    return _apply("__call__", params, cfg, tokens_BT, dropout_key, rows_B, dropout_masks)
+
+
+def hidden(
+    params: Params,
+    cfg: GPTConfig,
+    tokens_BT: jax.Array,
+    *,
+    dropout_key: jax.Array | None = None,
+    rows_B: jax.Array | None = None,
+    dropout_masks: Params | None = None,
+) -> jax.Array:
+    """All of `forward` but the head, with its arguments: x_BTD, whose product with `head_kernel` is the logits."""
+    return _apply("hidden", params, cfg, tokens_BT, dropout_key, rows_B, dropout_masks)
+
+
+def head_kernel(params: Params, cfg: GPTConfig) -> jax.Array:
+    """kernel_DV of the head, float32; V is `cfg.padded_vocab`."""
+    return params["tok_emb"]["embedding"].T if cfg.tie_embeddings else params["out_head"]["kernel"]
+
+
+def _apply(
+    method: str,
+    params: Params,
+    cfg: GPTConfig,
+    tokens_BT: jax.Array,
+    dropout_key: jax.Array | None,
+    rows_B: jax.Array | None,
+    dropout_masks: Params | None,
+) -> jax.Array:
     collections = {"params": params} if dropout_masks is None else {"params": params, "dropout_masks": dropout_masks}
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    return GPT(cfg).apply(collections, tokens_BT, deterministic=dropout_key is None and dropout_masks is None, rngs=rngs)
+    if rows_B is None and not (dropout_key is None and dropout_masks is None):
+        rows_B = jnp.arange(tokens_BT.shape[0])
+    return GPT(cfg).apply(collections, tokens_BT, rows_B, rngs=rngs, method=method)
 
 
 class GPT(nn.Module):
@@ -64,32 +101,37 @@ class GPT(nn.Module):
 
     def setup(self) -> None:
         cfg = self.cfg
-        self.tok_emb = embedding(cfg, "tok_emb", cfg.vocab_size)
-        self.pos_emb = embedding(cfg, "pos_emb", cfg.context_length)
+        self.tok_emb = Embedding(cfg, "tok_emb", cfg.padded_vocab)
+        self.pos_emb = Embedding(cfg, "pos_emb", cfg.context_length)
         self.drop_emb = Dropout(cfg.drop_rate)
         self.trf_blocks = TransformerBlock(cfg)
         self.final_norm = LayerNorm(cfg.bias)
         if not cfg.tie_embeddings:
             self.out_head = OutHead(cfg)
 
-    def __call__(self, tokens_BT: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, rows_B: jax.Array | None = None) -> jax.Array:
+        return self.logits(self.hidden(tokens_BT, rows_B))
+
+    def hidden(self, tokens_BT: jax.Array, rows_B: jax.Array | None = None) -> jax.Array:
+        """All but the head: the final norm's output."""
         cfg, T = self.cfg, tokens_BT.shape[1]
         if T > cfg.context_length:
             raise ValueError(f"{T} tokens do not fit in context_length={cfg.context_length}; crop them to the last ones")
-        x_BTD = self.embed(tokens_BT, jnp.arange(T))
-        x_BTD = self.drop_emb(x_BTD, deterministic)
+        x_BTD = placed(self.embed(tokens_BT, jnp.arange(T)), "BTD")
+        x_BTD = self.drop_emb(x_BTD, rows_B)
 
         def block(module: TransformerBlock, x_BTD: jax.Array, cache: None) -> tuple[jax.Array, None]:
-            return module(x_BTD, cache, deterministic)
+            x_BTD, cache = module(x_BTD, cache, rows_B)
+            return placed(x_BTD, "BTD"), cache
 
         # One compiled block, run L times: every collection and the dropout keys are split along the L axis.
         x_BTD, _ = nn.scan(
-            nn.remat(block, prevent_cse=False) if cfg.remat else block,
+            rematerialised(block, cfg),
             variable_axes={"params": 0, "dropout_masks": 0, "taps": 0, "perturbations": 0},
             split_rngs={"params": True, "dropout": True},
             length=cfg.n_layers,
         )(self.trf_blocks, x_BTD, None)
-        return self.logits(self.final_norm(x_BTD))
+        return self.final_norm(x_BTD)
 
     def embed(self, tokens_BT: jax.Array, positions: jax.Array) -> jax.Array:
         """What enters the first block, before dropout; positions are (T,) or (B, T)."""
@@ -97,10 +139,8 @@ class GPT(nn.Module):
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head: the final norm's output to logits_BTV."""
-        if self.cfg.tie_embeddings:
-            with jax.named_scope("out_head"):
-                return project(x_BTD, self.tok_emb.embedding.T)
-        return self.out_head(x_BTD)
+        kernel_DV = self.tok_emb.embedding.T if self.cfg.tie_embeddings else self.out_head.kernel
+        return placed(project(x_BTD, kernel_DV), "BTV")[..., : self.cfg.vocab_size]
 
     def last_logits(self, x_BTD: jax.Array) -> jax.Array:
         """What the last block returned -> logits_BV of the token after the last position."""
@@ -122,12 +162,12 @@ class TransformerBlock(nn.Module):
         self.shortcut1 = Identity()  # a place to look at what is otherwise no module's output
 
     def __call__(
-        self, x_BTD: jax.Array, cache: LayerCache | None = None, deterministic: bool = True
+        self, x_BTD: jax.Array, cache: LayerCache | None = None, rows_B: jax.Array | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
-        out_BTD, cache = self.att(self.norm1(x_BTD), cache, deterministic)
-        x_BTD = self.shortcut1(x_BTD + self.drop_shortcut1(out_BTD, deterministic))
+        out_BTD, cache = self.att(self.norm1(x_BTD), cache, rows_B)
+        x_BTD = self.shortcut1(x_BTD + self.drop_shortcut1(out_BTD, rows_B))
         out_BTD = self.ff(self.norm2(x_BTD))
-        return x_BTD + self.drop_shortcut2(out_BTD, deterministic), cache
+        return x_BTD + self.drop_shortcut2(out_BTD, rows_B), cache
 
 
 class MultiHeadAttention(nn.Module):
@@ -144,7 +184,7 @@ class MultiHeadAttention(nn.Module):
         self.dropout = Dropout(cfg.drop_rate)
 
     def __call__(
-        self, x_BTD: jax.Array, cache: LayerCache | None = None, deterministic: bool = True
+        self, x_BTD: jax.Array, cache: LayerCache | None = None, rows_B: jax.Array | None = None
     ) -> tuple[jax.Array, LayerCache | None]:
         B, T, D = x_BTD.shape
         N, H = self.cfg.n_heads, D // self.cfg.n_heads
@@ -153,12 +193,22 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             cache = cache.extend(k_BNSH, v_BNSH)
             k_BNSH, v_BNSH, visible = cache.k_BNSH, cache.v_BNSH, cache.visible_B1TS
-        scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=wide(x_BTD.dtype)) / H**0.5
-        scores_BNTS = jnp.where(visible, scores_BNTS, -jnp.inf)
-        weights_BNTS = jax.nn.softmax(scores_BNTS).astype(x_BTD.dtype)
-        weights_BNTS = self.dropout(weights_BNTS, deterministic)
-        context_BTNH = jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH).swapaxes(1, 2)
-        return self.out_proj(context_BTNH.reshape(B, T, D)), cache
+        kernel = self.kernel(T, rows_B) if cache is None else "plain"
+        if kernel == "plain":
+            scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=wide(x_BTD.dtype)) / H**0.5
+            scores_BNTS = jnp.where(visible, scores_BNTS, -jnp.inf)
+            weights_BNTS = jax.nn.softmax(scores_BNTS).astype(x_BTD.dtype)
+            weights_BNTS = self.dropout(weights_BNTS, rows_B)
+            context_BNTH = jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH)
+        else:
+            context_BNTH = fused_attention(q_BNTH, k_BNSH, v_BNSH, kernel)
+        return self.out_proj(context_BNTH.swapaxes(1, 2).reshape(B, T, D)), cache
+
+    def kernel(self, T: int, rows_B: jax.Array | None) -> str:
+        """What computes the same without a cache; "plain" where the weights are dropped out or looked at."""
+        if not self.dropout.inert(rows_B):
+            return "plain"
+        return choose_attention(self.cfg, T, current_platform()).implementation
 
 
 class FeedForward(nn.Module):

@@ -15,7 +15,7 @@ def _gpt2(n_layers: int, n_heads: int, emb_dim: int, learning_rate: float) -> tu
         "tie_embeddings": True,
         "drop_rate": 0.0,
         "dtype": "bfloat16",
-        "remat": True,
+        "remat": "block",
     }
     run = {
         "batch_size": 512,

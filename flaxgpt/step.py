@@ -3,43 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from flaxgpt.config import GPTConfig
-from flaxgpt.loss import next_token_loss
-from flaxgpt.model import forward
-from flaxgpt.state import TrainState
+from flaxgpt.config import GPTConfig, TrainConfig
+from flaxgpt.layers import wide
+from flaxgpt.loss import head_loss
+from flaxgpt.model import head_kernel, hidden
+from flaxgpt.sharding import data_parallel, placed_params, state_shardings
+from flaxgpt.state import TrainState, abstract_state
 from flaxgpt.types import Batch, Params
 
 Metrics = dict[str, jax.Array]
 
 
 def make_train_step(
-    cfg: GPTConfig, tx: optax.GradientTransformation, grad_accum_steps: int = 1
+    cfg: GPTConfig,
+    tx: optax.GradientTransformation,
+    grad_accum_steps: int = 1,
+    *,
+    gather: Literal["layer", "update"] = "layer",
+    shardings: Params | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The function that makes one update: (state, (inputs_BT, targets_BT)) -> (state, metrics).
 
     Metrics are `loss`, in nats per token, and `grad_norm`, before clipping.
 
-    An optional third argument holds dropout masks to be taken in place of drawing any (see `flaxgpt.layers.Dropout`), with
-    accumulation those of each microbatch along a leading axis. That is how a run of another implementation is replayed.
+    An optional third argument holds dropout masks to be taken in place of drawing any (see `flaxgpt.layers.Dropout`). That is
+    how a run of another implementation is replayed.
+
+    Args:
+        cfg: the model.
+        tx: the optimizer.
+        grad_accum_steps: microbatches that a batch is computed in; the result is the same.
+        gather: when parameters that are split are gathered (see `flaxgpt.sharding.compute_mesh`).
+        shardings: where they lie, if not on one device; the gradients are brought there for the optimizer.
     """
 
-    def loss_fn(params: Params, batch: Batch, dropout_key: jax.Array, dropout_masks: Params | None) -> jax.Array:
-        inputs_BT, targets_BT = batch
+    def loss_fn(params: Params, rows: dict[str, Any], dropout_key: jax.Array) -> jax.Array:
         # Not both: a mask that was forgotten is then an error, not a draw.
-        randomness = {"dropout_key": dropout_key} if dropout_masks is None else {"dropout_masks": dropout_masks}
-        return next_token_loss(forward(params, cfg, inputs_BT, **randomness), targets_BT)
+        masks = rows.get("dropout_masks")
+        randomness = {"dropout_key": dropout_key, "rows_B": rows["number"]} if masks is None else {"dropout_masks": _swap_rows(masks)}
+        return head_loss(hidden(params, cfg, rows["inputs"], **randomness), head_kernel(params, cfg), rows["targets"], cfg)
 
-    value_and_grad = accumulated(jax.value_and_grad(loss_fn), grad_accum_steps)
+    def value_and_grad(params: Params, rows: dict[str, Any], dropout_key: jax.Array) -> tuple[jax.Array, Params]:
+        loss, grads = jax.value_and_grad(loss_fn)(params, rows, dropout_key)
+        return loss, placed_params(jax.tree.map(lambda grad: grad.astype(wide(grad.dtype)), grads))
+
+    mean_value_and_grad = data_parallel(accumulated(value_and_grad, grad_accum_steps))
 
     def train_step(state: TrainState, batch: Batch, dropout_masks: Params | None = None) -> tuple[TrainState, Metrics]:
+        inputs_BT, targets_BT = batch
+        rows = {"inputs": inputs_BT, "targets": targets_BT, "number": jnp.arange(inputs_BT.shape[0])}
+        if dropout_masks is not None:
+            rows["dropout_masks"] = _swap_rows(dropout_masks)
         dropout_key = jax.random.fold_in(state.key, state.step)
-        loss, grads = value_and_grad(state.params, batch, dropout_key, dropout_masks)
+        params = _matrices_in(cfg.dtype, state.params) if gather == "update" else state.params
+        loss, grads = mean_value_and_grad(params, rows, dropout_key)
+        if shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, shardings)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -47,6 +73,19 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return train_step
+
+
+def jit_train_step(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The train step as a run jits it: it donates the old state. It is traced with `compute_mesh(mesh, cfg.gather)` in context.
+
+    Args:
+        cfg: the run.
+        tx: its optimizer.
+        mesh: what the state lies on.
+    """
+    shardings = state_shardings(abstract_state(cfg, tx), mesh)
+    step = make_train_step(cfg.model, tx, cfg.grad_accum_steps, gather=cfg.gather, shardings=shardings.params)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_eval_step(cfg: GPTConfig) -> Callable[[Params, Batch], jax.Array]:
@@ -57,13 +96,13 @@ def make_eval_step(cfg: GPTConfig) -> Callable[[Params, Batch], jax.Array]:
 
     def eval_step(params: Params, batch: Batch) -> jax.Array:
         inputs_BT, targets_BT = batch
-        return next_token_loss(forward(params, cfg, inputs_BT), targets_BT)
+        return head_loss(hidden(params, cfg, inputs_BT), head_kernel(params, cfg), targets_BT, cfg)
 
-    return eval_step
+    return data_parallel(eval_step)
 
 
 def accumulated(value_and_grad: Callable[..., Any], grad_accum_steps: int) -> Callable[..., Any]:
-    """The same function, (params, batch, dropout_key, dropout_masks) -> (loss, gradients), computed in equal microbatches.
+    """The same function, (params, rows, dropout_key) -> (loss, gradients), computed in equal microbatches.
 
     They are computed one after the other, so that the activations of only one are held; the mean of their gradients is
     the gradient of the mean.
@@ -71,16 +110,29 @@ def accumulated(value_and_grad: Callable[..., Any], grad_accum_steps: int) -> Ca
     if grad_accum_steps == 1:
         return value_and_grad
 
-    def mean(params: Params, batch: Batch, dropout_key: jax.Array, dropout_masks: Params | None) -> tuple[jax.Array, Params]:
-        def add(total: tuple[jax.Array, Params], part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, value_and_grad(params, *part)), None
+    def mean(params: Params, rows: Any, dropout_key: jax.Array) -> tuple[jax.Array, Params]:
+        def add(total: tuple[jax.Array, Params], rows: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(params, rows, dropout_key)), None
 
         # Microbatch i takes every grad_accum_steps-th row from i, so rows stay on the device that holds them.
-        batches = jax.tree.map(lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), batch)
-        parts = (batches, jax.random.split(dropout_key, grad_accum_steps), dropout_masks)
-        first = jax.tree.map(lambda x: x[0], parts)
-        zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, params, *first))
-        total, _ = jax.lax.scan(add, zero, parts)
+        microbatches = jax.tree.map(lambda x: x.reshape(-1, grad_accum_steps, *x.shape[1:]).swapaxes(0, 1), rows)
+        first = jax.tree.map(lambda x: x[0], microbatches)
+        zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(value_and_grad, params, first, dropout_key))
+        total, _ = jax.lax.scan(add, zero, microbatches)
         return jax.tree.map(lambda x: x / grad_accum_steps, total)
 
     return mean
+
+
+def _matrices_in(dtype: str, params: Params) -> Params:
+    """Parameters that go over the wire in the dtype that they are multiplied in; but embeddings, whose two gradients are added up."""
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x.astype(dtype) if path[-1].key == "kernel" else x
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _swap_rows(masks: Params) -> Params:
+    """Dropout masks with rows as the first axis of all, or back: those of the blocks are stacked, (L, B, ...)."""
+    return masks | {"trf_blocks": jax.tree.map(lambda x: x.swapaxes(0, 1), masks["trf_blocks"])}

@@ -17,11 +17,14 @@ from flaxgpt.data.loader import eval_batches, train_batches
 from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.errors import InputError
 from flaxgpt.generation.generate import generate
+from flaxgpt.kernels import choose_attention
 from flaxgpt.optim import make_optimizer, make_schedule
+from flaxgpt.plan.plan import settle
+from flaxgpt.plan.targets import present
 from flaxgpt.run.folder import CHECKPOINTS
 from flaxgpt.run.log import RunLog, check_loss
 from flaxgpt.state import TrainState, abstract_state, count_params, create_state
-from flaxgpt.step import Metrics, make_eval_step, make_train_step
+from flaxgpt.step import Metrics, jit_train_step, make_eval_step
 from flaxgpt.types import Batch, Params
 
 
@@ -40,17 +43,24 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
         params: what to start from, if not from random parameters; arrays, or what is read where it is indexed.
 
     Raises:
-        InputError: the splits are too short for the config, there is nothing to resume from, or the loss is not finite.
+        InputError: the splits are too short for the config, the devices can't share its batches, no number of microbatches fits in memory
+            (where it is to be found), the attention that is asked for is impossible on these devices, there is nothing to resume from,
+            or the loss is not finite.
     """
     if cfg.model.dtype == "float64":
         raise InputError("dtype=float64 is for comparisons (parity_report.py, replay.py): train in float32 or bfloat16")
     batches = train_batches(corpus.train, cfg)
+    mesh, optimizer = sharding.make_mesh(cfg.fsdp, cfg.tensor), make_optimizer(cfg)
+    asked, cfg = cfg, settle(cfg, present(list(mesh.devices.flat)))
+    sharding.check_batch(cfg, mesh)
     splits = eval_batches(corpus.train, cfg, "training"), eval_batches(corpus.val, cfg, "validation")
-    mesh, optimizer = sharding.make_mesh(cfg.fsdp), make_optimizer(cfg)
+    devices = describe_devices(cfg, mesh) + describe_choices(asked, cfg)
     template = abstract_state(cfg, optimizer)
     shardings = sharding.state_shardings(template, mesh)
-    train_step = jax.jit(make_train_step(cfg.model, optimizer, cfg.grad_accum_steps), donate_argnums=0, out_shardings=(shardings, None))
-    eval_step = jax.jit(make_eval_step(cfg.model))
+    compute_mesh = sharding.compute_mesh(mesh, cfg.gather)
+    train_step = sharding.within(compute_mesh, jit_train_step(cfg, optimizer, mesh))
+    eval_step = sharding.within(compute_mesh, jax.jit(make_eval_step(cfg.model)))
+    sample = sharding.within(mesh, make_sample)
     learning_rates = np.asarray(make_schedule(cfg)(np.arange(cfg.max_steps)))
 
     with Checkpoints(log.out_dir / CHECKPOINTS, keep=cfg.keep_checkpoints) as checkpoints:
@@ -58,7 +68,7 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
         start = int(state.step)
         if start >= cfg.max_steps:
             raise InputError(f"{log.out_dir} has made its {start} updates: pass a larger --max-steps to go on")
-        log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=describe_devices(cfg, mesh), resume=resume)
+        log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=devices, resume=resume)
         unreported: tuple[int, Metrics] | None = None
         for step in range(start, cfg.max_steps):
             state, metrics = train_step(state, sharding.shard_batch(batches[step], mesh))
@@ -75,7 +85,7 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
                 checkpoints.save(state)
             if evaluates:
                 train_loss, val_loss = evaluate(state.params, eval_step, splits, mesh)
-                log.evaluation(step, train_loss, val_loss, make_sample(state.params, cfg, corpus.tokenizer))
+                log.evaluation(step, train_loss, val_loss, sample(state.params, cfg, corpus.tokenizer))
             if last:
                 break
     return state
@@ -107,6 +117,17 @@ def make_sample(params: Params, cfg: TrainConfig, tokenizer: Tokenizer) -> str:
 
 
 def describe_devices(cfg: TrainConfig, mesh: Mesh) -> str:
-    """How many devices of which kind, and whether they can't share the rows of a batch."""
-    whole = "" if cfg.microbatch_size % mesh.size == 0 else f" (each with all rows: {cfg.microbatch_size} do not split over them)"
-    return f"{mesh.size} x {jax.devices()[0].device_kind}{whole}"
+    """How many devices of which kind, how they share the work, and which attention they compute.
+
+    Raises:
+        InputError: `attention=fused` is impossible on them.
+    """
+    device = mesh.devices.flat[0]
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    choice = choose_attention(cfg.model, cfg.model.context_length, device.platform, dropout=cfg.model.drop_rate > 0)
+    return f"{mesh.size} x {device.device_kind}{axes and f' ({axes})'}, {choice.implementation} attention ({choice.reason})"
+
+
+def describe_choices(asked: TrainConfig, cfg: TrainConfig) -> str:
+    """What was left open and is now known, for the first line."""
+    return f", grad_accum_steps {cfg.grad_accum_steps} (the fewest that fit)" if asked.grad_accum_steps == "auto" else ""

@@ -36,7 +36,8 @@ def planted(bug: Bug) -> Iterator[Any]:
         del sys.modules[name]
     sys.meta_path.insert(0, finder)
     try:
-        yield importlib.import_module(_SIDES[bug.side])
+        side = importlib.import_module(_SIDES[bug.side])
+        yield side if bug.side == "flaxgpt" else side.TorchSide()
     finally:
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name.split(".")[0] == bug.side and name not in _KEPT]:

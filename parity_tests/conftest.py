@@ -156,7 +156,7 @@ def remember(what: str, result: Result) -> None:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     if MEASURED:
-        terminalreporter.section("parity: flaxgpt against torch_ref")
+        terminalreporter.section("parity: flaxgpt against torch_ref, or what is named")
         terminalreporter.line(f"{'compared':<48}{'tensors':>8}{'worst':>10}{'bound':>10}  where")
         for what, (count, worst, place, bound) in MEASURED.items():
             terminalreporter.line(f"{what:<48}{count:>8}{worst:>10.1e}{bound:>10.0e}  {place}")

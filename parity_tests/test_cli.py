@@ -69,7 +69,7 @@ def test_overwrite_deletes_nothing_but_run_folders(call, tmp_path):
         (["--data", "empty.txt"], "no text"),
         (["--data", "latin1.txt"], "not UTF-8"),
         (["--prompt", "größer"], "'ßö'.*alphabet"),
-        (["--fsdp", "7", "--emb-dim", "84"], "fsdp=7 does not divide"),
+        (["--fsdp", "7", "--emb-dim", "84"], "fsdp=7 x tensor=1 does not divide"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

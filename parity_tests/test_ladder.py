@@ -13,9 +13,14 @@ from flaxgpt.parity.bounds import BOUNDS
 from flaxgpt.parity.compare import Measurement, compare, relative
 from flaxgpt.parity.problem import make_problem
 from flaxgpt.parity.side import NoiseDrivenSide, SeededSide
-from torch_ref.parity import torch_side
+from torch_ref.parity.huggingface_side import HuggingFaceSide
+from torch_ref.parity.torch_side import TorchSide
 
+REFERENCE, HUGGING_FACE = TorchSide(), HuggingFaceSide()
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+against_each = pytest.mark.parametrize("theirs", [REFERENCE, HUGGING_FACE], ids=["torch_ref", "transformers"])
 
 
 def random_config(seed: int) -> TrainConfig:
@@ -33,15 +38,15 @@ def random_config(seed: int) -> TrainConfig:
         bias=bool(seed % 3),
         activation="gelu_tanh" if seed % 2 else "gelu",
         tie_embeddings=bool(seed % 2),
-        remat=bool(rng.integers(2)),
+        remat=str(rng.choice(["none", "dots", "block"])),
     )
     return TrainConfig(model=model, beta2=float(rng.choice([0.95, 0.999])), decay=str(rng.choice(["all", "matrices"])))
 
 
-def climb(problem, rungs=ladder.RUNGS, dtype="float32", ours=flax_side, theirs=torch_side):
+def climb(problem, rungs=ladder.RUNGS, dtype="float32", ours=flax_side, theirs=REFERENCE):
     results = list(ladder.climb(ours, theirs, problem, rungs, dtype))
     for result in results:
-        remember(f"{dtype}: {result.rung}", result)
+        remember(f"{dtype}: {result.rung}{', transformers' if theirs is HUGGING_FACE else ''}", result)
     return results
 
 
@@ -54,20 +59,22 @@ def assert_passed(results, what):
             )
 
 
-@pytest.mark.parametrize(("module", "protocol"), [(flax_side, SeededSide), (torch_side, NoiseDrivenSide)])
-def test_each_side_has_the_functions_that_are_asked_of_it(module, protocol):
+@pytest.mark.parametrize(("side", "protocol"), [(flax_side, SeededSide), (REFERENCE, NoiseDrivenSide), (HUGGING_FACE, NoiseDrivenSide)])
+def test_each_side_has_the_functions_that_are_asked_of_it(side, protocol):
+    name_of_side = getattr(side, "__name__", type(side).__name__)
     asked = {name: method for name, method in inspect.getmembers(protocol, inspect.isfunction) if not name.startswith("_")}
     assert {"passes", "clip", "adamw", "train", "generate", "draw"} <= set(asked)
     for name, method in asked.items():
         signature = inspect.signature(method)
-        of_module = signature.replace(parameters=[p for p in signature.parameters.values() if p.name != "self"])
-        assert inspect.signature(getattr(module, name)) == of_module, f"{module.__name__}.{name} is not as side.py documents it"
+        expected = signature.replace(parameters=[p for p in signature.parameters.values() if p.name != "self"])
+        assert inspect.signature(getattr(side, name)) == expected, f"{name_of_side}.{name} is not as side.py documents it"
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_whole_ladder_passes_for_random_small_configs(seed):
+@pytest.mark.parametrize("seed", [0, 3])  # without biases on query, key and value, and untied; with, and tied
+@against_each
+def test_the_whole_ladder_passes_for_random_small_configs(seed, theirs):
     cfg = random_config(seed)
-    assert_passed(climb(make_problem(cfg, seed=seed, batch=3)), cfg.model)
+    assert_passed(climb(make_problem(cfg, seed=seed, batch=3), theirs=theirs), cfg.model)
 
 
 def test_bfloat16_differs_by_no_more_than_its_rounding_explains():
@@ -80,7 +87,7 @@ def test_bfloat16_differs_by_no_more_than_its_rounding_explains():
 def test_200_updates_with_dropout_agree_in_float64_to_1e_9():
     cfg = TrainConfig(model=SMALL.replace(drop_rate=0.2, qkv_bias=True), batch_size=4, warmup_steps=10, max_steps=200)
     problem = make_problem(cfg, batch=4, steps=200)
-    expected, masks = torch_side.train(problem.cfg, problem.weights, problem.batches, "float64")
+    expected, masks = REFERENCE.train(problem.cfg, problem.weights, problem.batches, "float64")
     ours, _ = flax_side.train(problem.cfg, problem.weights, problem.batches, "float64", masks)
     np.testing.assert_allclose(ours["loss"], expected["loss"], rtol=1e-9)
     differences = compare(ours, expected)
@@ -110,8 +117,8 @@ def test_dropout_masks_that_are_not_independent_draws_are_noticed():
 def test_masks_that_do_not_fit_are_refused_on_both_sides():
     cfg = TrainConfig(model=SMALL.replace(drop_rate=0.2), batch_size=2)
     problem = make_problem(cfg, steps=2)
-    _, masks = torch_side.train(problem.cfg, problem.weights, problem.batches, "float32")
-    for side in (flax_side, torch_side):
+    _, masks = REFERENCE.train(problem.cfg, problem.weights, problem.batches, "float32")
+    for side in (flax_side, REFERENCE, HUGGING_FACE):
         wrong = [mask | {"drop_emb": mask["drop_emb"][:1]} for mask in masks]
         with pytest.raises(ValueError, match=r"dropout mask of drop_emb is \(1, 16, 32\), expected \(2, 16, 32\)"):
             side.train(problem.cfg, problem.weights, problem.batches, "float32", wrong)
@@ -135,7 +142,7 @@ def test_a_rung_that_can_t_be_compared_does_not_keep_the_others_from_it():
     class Incomplete:
         @staticmethod
         def passes(*given):
-            record = torch_side.passes(*given)
+            record = REFERENCE.passes(*given)
             record["gradients"].popitem()
             return record
 
@@ -159,17 +166,27 @@ def test_bounds_are_within_ten_times_of_what_was_measured():
 
 
 @pytest.mark.slow  # about two minutes on two cores
-def test_nothing_fails_in_100_seeds():
+@against_each
+def test_nothing_fails_in_100_seeds(theirs):
     cfg = TrainConfig(model=SMALL.replace(qkv_bias=True, drop_rate=0.1))
     for seed in range(100):
-        assert_passed(climb(make_problem(cfg, seed=seed)), f"seed {seed}")
+        assert_passed(climb(make_problem(cfg, seed=seed), theirs=theirs), f"seed {seed}")
+
+
+@pytest.mark.slow  # about a minute on two cores for each seed
+@pytest.mark.parametrize("seed", [1, 2, 4, 5, 6, 7])
+@against_each
+def test_the_whole_ladder_passes_for_more_random_small_configs(seed, theirs):
+    cfg = random_config(seed)
+    assert_passed(climb(make_problem(cfg, seed=seed, batch=3), theirs=theirs), cfg.model)
 
 
 @pytest.mark.slow  # about two minutes on two cores
-def test_the_whole_ladder_passes_in_bfloat16_for_10_seeds():
+@against_each
+def test_the_whole_ladder_passes_in_bfloat16_for_10_seeds(theirs):
     cfg = TrainConfig(model=SMALL.replace(qkv_bias=True, drop_rate=0.1))
     for seed in range(10):
-        assert_passed(climb(make_problem(cfg, seed=seed), dtype="bfloat16"), f"seed {seed}")
+        assert_passed(climb(make_problem(cfg, seed=seed), dtype="bfloat16", theirs=theirs), f"seed {seed}")
 
 
 @pytest.mark.slow  # about ten minutes on two cores

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import sys
 
 import numpy as np
 import parity_report
@@ -57,8 +58,32 @@ def test_a_checkpoint_with_its_optimizer_passes_and_is_reported_in_every_form(re
     assert any("the checkpoint's moments" in r["name"] for r in written["rungs"][3]["rows"])
     assert files["layers.png"].read_bytes().startswith(b"\x89PNG")
     page = files["report.html"].read_text()
+    assert "<h1>flaxgpt against torch_ref</h1>" in page
     assert "data:image/png;base64," in page
     assert "http" not in page, "the page needs nothing else"
+
+
+def test_a_report_against_transformers_says_so_in_every_form(report, folders, tmp_path):
+    files = {name: tmp_path / name for name in ("report.json", "report.html")}
+    flags = ("--rungs", 1, 3, "--length", 8, "--json", files["report.json"], "--html", files["report.html"])
+    code, out, err = report("--init-from", folders / "plain", "--reference", "transformers", *flags)
+    assert code == 0, out + err
+    assert "flaxgpt on cpu (cpu), against transformers on cpu" in out
+    assert re.search(r"^rung .* flaxgpt +transformers +float64", out, re.MULTILINE)
+    written = json.loads(files["report.json"].read_text())
+    assert written["reference"] == "transformers"
+    assert {"torch", "transformers"} <= set(written)
+    page = files["report.html"].read_text()
+    assert "<h1>flaxgpt against transformers</h1>" in page
+    assert "torch_ref" not in page
+
+
+def test_without_transformers_it_is_said_what_to_install(report, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "torch_ref.parity.huggingface_side", raising=False)
+    refused(
+        report("--reference", "transformers"), r'--reference transformers needs transformers: pip install -e "\.\[parity,transformers\]"'
+    )
 
 
 def test_a_bug_makes_it_fail_and_the_first_divergence_is_named(report, checkpoint):

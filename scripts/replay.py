@@ -24,7 +24,7 @@ def main() -> None:
         raise InputError("a replay can't be resumed: the reference's generator depends on all that was drawn before")
     if args.init_from:
         raise InputError("a replay repeats a run from its random weights on: leave out --init-from")
-    if args.config.model.dtype == "bfloat16" or args.config.fsdp > 1 or args.config.grad_accum_steps > 1 or not args.config.drop_last:
+    if args.config.model.dtype == "bfloat16" or args.config.fsdp > 1 or args.config.grad_accum_steps != 1 or not args.config.drop_last:
         raise InputError("a replay is made in float32 or float64, on one device, in whole batches of one size, without accumulation")
 
     from flaxgpt.run.setup import prepare

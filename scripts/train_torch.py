@@ -18,8 +18,21 @@ def main() -> None:
     args = parse_train(__doc__)
     if args.resume:
         raise InputError("the reference can't resume: its random generator depends on all that was drawn before; train_jax.py can")
-    if args.config.fsdp > 1 or args.config.model.dtype != "float32" or args.config.model.remat:
-        raise InputError("the reference trains in float32 on one device: pass --dtype float32 --no-remat --fsdp 1")
+    run, model = args.config, args.config.model
+    if run.grad_accum_steps == "auto":
+        raise InputError("grad_accum_steps=auto is found by compiling, in train_jax.py: pass a number")
+    only = {
+        "fsdp": (1,),
+        "tensor": (1,),
+        "dtype": ("float32",),
+        "remat": ("none",),
+        "attention": ("auto", "plain"),
+        "loss_chunk": (None, 0),
+        "vocab_multiple": (1,),
+    }
+    given = run.to_dict() | model.to_dict()
+    if flags := [f"--{name.replace('_', '-')} {values[-1]}" for name, values in only.items() if given[name] not in values]:
+        raise InputError(f"the reference trains in float32 on one device, without kernels: pass {' '.join(flags)}")
 
     from flaxgpt.run.log import RunLog
     from flaxgpt.run.setup import prepare

@@ -105,7 +105,7 @@ def config_from_huggingface(values: Mapping[str, Any]) -> GPTConfig:
 
 
 def config_to_huggingface(cfg: GPTConfig) -> dict[str, Any]:
-    """The config.json of a model; what it has no key for (`qkv_bias`, `bias`, `init`, `dtype`, `remat`) is left out."""
+    """The config.json of a model; what it has no key for (`qkv_bias`, `bias`, `init`, and how it is computed) is left out."""
     end = 50256 if cfg.vocab_size in (50257, 50304) else None  # GPT-2's end of a text; nanoGPT pads its vocabulary
     activation = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == cfg.activation)
     return (

@@ -68,13 +68,15 @@ class Parameter:
         """A new array. The index is a slice for each axis, as far as it goes."""
         index = index if isinstance(index, tuple) else (index,)
         index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
+        lengths = [len(range(*part.indices(size))) for part, size in zip(index, self.shape, strict=True)]
         if not self._row.stacked:
-            return np.array(self._of_layer(self._tensors[0], index), self.dtype)
-        tensors, index = self._tensors[index[0]], index[1:]
-        lengths = [len(range(*part.indices(size))) for part, size in zip(index, self.shape[1:], strict=True)]
-        stacked = np.empty((len(tensors), *lengths), self.dtype)
-        for i, tensor in enumerate(tensors):
-            stacked[i] = self._of_layer(tensor, index)
+            part = self._of_layer(self._tensors[0], index)
+            whole = np.zeros(lengths, self.dtype)  # what pads the vocabulary is zero, and not in the file
+            whole[tuple(map(slice, part.shape))] = part
+            return whole
+        stacked = np.empty(lengths, self.dtype)
+        for i, tensor in enumerate(self._tensors[index[0]]):
+            stacked[i] = self._of_layer(tensor, index[1:])
         return stacked
 
     def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> np.ndarray:
@@ -103,7 +105,7 @@ class Written(Mapping[str, np.ndarray]):
         expected = {row.path: parameter_shape(row, cfg) for row in parameters(cfg)}
         if faults := shape_faults({path: leaf.shape for path, leaf in self._leaves.items()}, expected):
             raise InputError("the parameters do not fit the config: " + "; ".join(faults))
-        self.shapes, self._layout = tensor_shapes(cfg, layout), layout
+        self.shapes, self._layout, self._sizes = tensor_shapes(cfg, layout), layout, sizes(cfg)
         self._parts: dict[str, list[tuple[Row, int]]] = {name: [] for name in self.shapes}
         for row in parameters(cfg):
             for i, name in enumerate(layout.names(row, cfg)):
@@ -113,7 +115,8 @@ class Written(Mapping[str, np.ndarray]):
         tensor = np.zeros(self.shapes[name], self._dtype)
         for row, i in self._parts[name]:
             leaf = self._leaves[row.path]
-            part = leaf[i : i + 1][0] if row.stacked else leaf[()]
+            unpadded = tuple(slice(self._sizes[axis]) for axis in row.axes)
+            part = leaf[(slice(i, i + 1), *unpadded)][0] if row.stacked else leaf[unpadded]
             axes = self._layout.axes(row)
             view = tensor
             if (third := self._layout.third(row)) is not None:
@@ -147,8 +150,8 @@ def tensor_shapes(cfg: GPTConfig, layout: Layout) -> dict[str, tuple[int, ...]]:
 
 
 def parameter_shape(row: Row, cfg: GPTConfig) -> tuple[int, ...]:
-    """Of a parameter here; in the blocks, with the leading L axis."""
-    size = sizes(cfg)
+    """Of a parameter here, what pads the vocabulary included; in the blocks, with the leading L axis."""
+    size = {**sizes(cfg), "V": cfg.padded_vocab}
     return (cfg.n_layers,) * row.stacked + tuple(size[axis] for axis in row.axes)
 
 

@@ -76,6 +76,9 @@ PARAMETERS = (
     Row("out_head/kernel",                "DV", "out_head.weight",                   "VD", "lm_head.weight",          "VD", exists=_untied),
 )  # fmt: skip
 
+VOCAB_AXES = {row.path: row.axes.index("V") for row in PARAMETERS if "V" in row.axes}
+"""Path of each parameter that has a row or column for each token -> which of its axes that is."""
+
 
 HEAD = PARAMETERS[-1]
 

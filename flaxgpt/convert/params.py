@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.convert.layout import StateDict, Written, equal, insert, leaves, open_params, read_whole, tensor_shapes
-from flaxgpt.convert.names import REFERENCE, module_name, module_path
+from flaxgpt.convert.names import REFERENCE, VOCAB_AXES, module_name, module_path
 from flaxgpt.errors import InputError
 from flaxgpt.types import Indexable, Params
 
@@ -57,12 +57,24 @@ def named_parameters(params: Params, cfg: GPTConfig, dtype: DTypeLike = np.float
 
 
 def cropped(params: Params, cfg: GPTConfig) -> dict[str, Any]:
-    """The parameters of the same model with a shorter context and a smaller vocabulary: the first positions and tokens."""
-    smaller = {"tok_emb": {"embedding": params["tok_emb"]["embedding"][: cfg.vocab_size]}}
-    smaller |= {"pos_emb": {"embedding": params["pos_emb"]["embedding"][: cfg.context_length]}}
-    if not cfg.tie_embeddings:
-        smaller |= {"out_head": {"kernel": params["out_head"]["kernel"][:, : cfg.vocab_size]}}
-    return {**params, **smaller}
+    """The parameters of the same model with a shorter context and a smaller vocabulary (its first positions and tokens), padded anew."""
+    params = {**params, "pos_emb": {"embedding": params["pos_emb"]["embedding"][: cfg.context_length]}}
+    return fit_vocab(fit_vocab(params, cfg.vocab_size), cfg.padded_vocab)
+
+
+def fit_vocab(params: Params, size: int) -> dict[str, Any]:
+    """The parameters (or moments) of the same model with the vocabulary padded to this size, by zeros."""
+    fitted: dict[str, Any] = {}
+    for path, value in leaves(params).items():
+        insert(fitted, path, _fit_axis(value, VOCAB_AXES[path], size) if path in VOCAB_AXES else value)
+    return fitted
+
+
+def _fit_axis(array: Indexable, axis: int, size: int) -> Indexable:
+    """Cut off, or filled up with zeros, to this size."""
+    if array.shape[axis] < size:
+        return np.pad(array, [(0, size - n if i == axis else 0) for i, n in enumerate(array.shape)])
+    return array if array.shape[axis] == size else array[(slice(None),) * axis + (slice(size),)]
 
 
 def parameter_shapes(cfg: GPTConfig) -> dict[str, tuple[int, ...]]:

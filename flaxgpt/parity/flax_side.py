@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from flaxgpt.config import GPTConfig, SamplingConfig, TrainConfig
 from flaxgpt.convert.names import module_path
@@ -27,15 +28,16 @@ from flaxgpt.optim import adam_state, clip_by_global_norm, make_optimizer, with_
 from flaxgpt.parity.replay import Repeated, Update
 from flaxgpt.parity.side import Batch, Moments, Noise, Tensors
 from flaxgpt.parity.sites import sites
+from flaxgpt.sharding import compute_mesh, make_mesh, placed_params, state_shardings, within
 from flaxgpt.state import TrainState
-from flaxgpt.step import Metrics, make_eval_step, make_train_step
+from flaxgpt.step import Metrics, jit_train_step, make_eval_step
 from flaxgpt.types import Params
 
 
 def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[str, Tensors]:
     """One forward and backward pass without dropout."""
     with precision(dtype):
-        loss, taps, grads, tap_grads = jax.device_get(_passes(_params(weights, cfg, dtype), batch, cfg.replace(dtype=dtype)))
+        loss, taps, grads, tap_grads = jax.device_get(_passes(_params(weights, cfg, dtype), batch, _of(cfg, dtype)))
     forward, backward = per_layer(taps, cfg), per_layer(tap_grads, cfg)
     points = {site.name: site.point for site in sites(cfg.n_layers)}
     return {
@@ -114,7 +116,7 @@ def replay(cfg: TrainConfig, weights: Tensors, updates: Iterable[Update], dtype:
         updates: its updates, in order.
         dtype: "float32" or "float64".
     """
-    model = cfg.model.replace(dtype=dtype)
+    model = _of(cfg.model, dtype)
     eval_step = jax.jit(make_eval_step(model))
     with precision(dtype):
         state = initial_state(cfg, weights, dtype)
@@ -133,13 +135,16 @@ def replay(cfg: TrainConfig, weights: Tensors, updates: Iterable[Update], dtype:
 
 def initial_state(cfg: TrainConfig, weights: Tensors, dtype: str) -> TrainState:
     """The state before the first update, from these weights."""
-    return _start(_params(weights, cfg.model, dtype), jax.random.key(cfg.seed), cfg.replace(seed=0))
+    tx, params = make_optimizer(cfg), _params(weights, cfg.model, dtype)
+    state = TrainState(jnp.int32(0), params, tx.init(params), jax.random.key(cfg.seed))
+    return jax.device_put(state, state_shardings(state, _mesh()))
 
 
 def train_step(state: TrainState, batch: Batch, masks: Tensors | None, cfg: TrainConfig, dtype: str) -> tuple[TrainState, Metrics]:
     """One update with these dropout masks, by the names of the reference's dropout modules (None: flaxgpt draws). Donates the state."""
     given = None if masks is None else stacked({f"{name}.keep": keep for name, keep in masks.items()}, cfg.model)
-    return _train_step(state, batch, given, cfg.replace(seed=0), dtype)  # what is compiled does not depend on the seed
+    step = _jitted_step(cfg.replace(seed=0, model=_of(cfg.model, dtype)), _mesh())  # what is compiled does not depend on the seed
+    return step(state, batch, given)
 
 
 def drawn_masks(state: TrainState, inputs_BT: np.ndarray, cfg: GPTConfig) -> Tensors:
@@ -164,7 +169,7 @@ def _passes(params: Params, batch: Batch, cfg: GPTConfig) -> tuple[Any, ...]:
     points = {module_path(site.point) for site in sites(1)}
 
     def run(params: Params, perturbations: Any) -> tuple[jax.Array, Any]:
-        variables = {"params": params, "perturbations": perturbations}
+        variables = {"params": placed_params(params), "perturbations": perturbations}
         with tapped(points):
             logits_BTV, state = GPT(cfg).apply(variables, inputs_BT, mutable=["taps"])
         return next_token_loss(logits_BTV, targets_BT), state["taps"]
@@ -188,20 +193,26 @@ def _adamw(params: Params, grads: Params, mu: Params, nu: Params, step: int, cfg
     return optax.apply_updates(params, updates), opt_state
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _start(params: Params, key: jax.Array, cfg: TrainConfig) -> TrainState:
-    return TrainState(jnp.int32(0), params, make_optimizer(cfg).init(params), key)
+@functools.cache
+def _jitted_step(cfg: TrainConfig, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The very step that training runs."""
+    return within(compute_mesh(mesh, cfg.gather), jit_train_step(cfg, make_optimizer(cfg), mesh))
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype"), donate_argnums=0)
-def _train_step(state: TrainState, batch: Batch, masks: Any, cfg: TrainConfig, dtype: str) -> tuple[TrainState, Metrics]:
-    step = make_train_step(cfg.model.replace(dtype=dtype), make_optimizer(cfg), cfg.grad_accum_steps)
-    return step(state, batch, masks)
+def _mesh() -> Mesh:
+    """The one in context, or the default device alone."""
+    mesh = jax.sharding.get_mesh()
+    return make_mesh(devices=[jax.config.jax_default_device or jax.devices()[0]]) if mesh.empty else mesh
+
+
+def _of(cfg: GPTConfig, dtype: str) -> GPTConfig:
+    """The model in this precision; no kernel computes in float64."""
+    return cfg.replace(dtype=dtype, attention="plain" if dtype == "float64" else cfg.attention)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _draw_masks(key: jax.Array, params: Params, inputs_BT: jax.Array, cfg: GPTConfig) -> Any:
-    _, drawn = GPT(cfg).apply({"params": params}, inputs_BT, deterministic=False, rngs={"dropout": key}, mutable=["dropout_masks"])
+    _, drawn = GPT(cfg).apply({"params": params}, inputs_BT, jnp.arange(len(inputs_BT)), rngs={"dropout": key}, mutable=["dropout_masks"])
     return drawn["dropout_masks"]
 
 

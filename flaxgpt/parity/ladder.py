@@ -35,7 +35,7 @@ def climb(
 
     Args:
         ours: `flaxgpt.parity.flax_side`, or what stands in for it.
-        theirs: `torch_ref.parity.torch_side`, or what stands in for it.
+        theirs: the reference: a `torch_ref.parity.torch_side.TorchSide`, or what stands in for it.
         problem: what both are given.
         rungs: some of RUNGS, by name or number.
         dtype: the precision under test: "float32", "bfloat16" or "float64".

@@ -41,19 +41,20 @@ def save_replay_plot(rows: list[dict[str, float]], path: Path, title: str) -> No
     save_figure(figure, path)
 
 
-def save_parity_plot(panels: Mapping[str, Sequence[tuple[str, Measurement]]], path: Path) -> None:
+def save_parity_plot(panels: Mapping[str, Sequence[tuple[str, Measurement]]], path: Path, reference: str) -> None:
     """Relative differences of tensors in the order in which they are computed, on a log scale.
 
     Args:
         panels: title -> (tensor's name, its measurement) for each of its points.
         path: where to write it, as a PNG.
+        reference: what flaxgpt is compared with.
     """
     longest = max(len(rows) for rows in panels.values())
     figure = Figure(figsize=(min(max(8.0, 0.16 * longest), 24.0), 4.2 * len(panels)), layout="constrained")
     columns = (
-        ("flaxgpt against the reference", "difference", "o-", "C3"),
+        (f"flaxgpt against {reference}", "difference", "o-", "C3"),
         ("flaxgpt's own error", "error_flaxgpt", ".--", "C0"),
-        ("the reference's own error", "error_reference", ".--", "C1"),
+        (f"{reference}'s own error", "error_reference", ".--", "C1"),
         ("both in float64", "exact", "s-", "C2"),
     )
     for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):

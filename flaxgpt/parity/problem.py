@@ -60,7 +60,7 @@ def make_problem(
     weights = random_weights(cfg.model, seed) if weights is None else weights
     check_finite(weights, "the weights")
     windows = rng.integers(0, cfg.model.vocab_size, (steps, batch, length + 1))
-    cfg = cfg.replace(seed=seed, fsdp=1, model=cfg.model.replace(dtype="float32"))  # the precision under test is chosen later
+    cfg = cfg.replace(seed=seed, model=cfg.model.replace(dtype="float32"))  # the precision under test is chosen later
     return Problem(cfg, weights, tuple((w[:, :-1].copy(), w[:, 1:].copy()) for w in windows), seed, moments)
 
 

@@ -15,19 +15,12 @@ from flaxgpt.parity.compare import Measurement, Result, first_divergence
 from flaxgpt.parity.ladder import RUNGS
 from flaxgpt.parity.plots import save_parity_plot
 
-TITLES = ("rung", "tensors", "difference", "bound", "flaxgpt", "reference", "float64", "bound", "", "worst tensor")
-_WIDTHS = (27, 7, 10, 8, 8, 9, 8, 8, 6, 0)
-
-LEGEND = (
-    "Differences are ||a - b|| / ||b|| of a tensor; those of parameters after updates are relative to how far they moved. "
-    "difference: flaxgpt against the reference. flaxgpt, reference: each side's own error against the reference in float64. "
-    "float64: both sides in float64. Each column has its largest value; the tensor is the one closest to its bound, or furthest beyond it."
-)
+_WIDTHS = (27, 7, 10, 8, 8, 12, 8, 8, 6, 0)
 
 
-def header() -> str:
-    """The first line of the table."""
-    return _line(TITLES)
+def header(reference: str) -> str:
+    """The first line of the table; `reference` is what flaxgpt is compared with, here and below."""
+    return _line(_titles(reference))
 
 
 def lines(result: Result) -> list[str]:
@@ -61,7 +54,7 @@ def to_json(results: Sequence[Result], about: dict[str, object]) -> str:
     return json.dumps(whole, indent=1, allow_nan=False) + "\n"
 
 
-def to_html(results: Sequence[Result], about: dict[str, object], plot: Path | None) -> str:
+def to_html(results: Sequence[Result], about: dict[str, object], plot: Path | None, reference: str) -> str:
     """One page that needs nothing else: the verdict, what was run, the table, the plot."""
     passed = all(result.passed for result in results)
     image = f'<img alt="difference by layer" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">' if plot else ""
@@ -69,21 +62,21 @@ def to_html(results: Sequence[Result], about: dict[str, object], plot: Path | No
         f'<tr class="{row[8]}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for r in results for row in _table(r)
     )
     facts = "\n".join(f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(_fact(value))}</td></tr>" for name, value in about.items())
-    titles = "".join(f"<th>{title}</th>" for title in TITLES)
+    titles = "".join(f"<th>{title}</th>" for title in _titles(reference))
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>flaxgpt: parity report</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>flaxgpt against {reference}: parity report</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
 td, th {{ padding: .15rem .7rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }}
 tr.FAILED td {{ background: #fdd }} img {{ max-width: 100% }} .verdict {{ white-space: pre-line; font-weight: 600 }}
 .verdict.passed {{ color: #170 }} .verdict.failed {{ color: #b00 }}
 </style></head><body>
-<h1>flaxgpt against its PyTorch reference</h1>
+<h1>flaxgpt against {reference}</h1>
 <p class="verdict {"passed" if passed else "failed"}">{html.escape(chr(10).join(verdict(results)))}</p>
 <table><tr>{titles}</tr>
 {rows}
 </table>
-<p>{html.escape(LEGEND)}</p>
+<p>{html.escape(_legend(reference))}</p>
 {image}
 <h2>What was run</h2>
 <table>
@@ -93,7 +86,7 @@ tr.FAILED td {{ background: #fdd }} img {{ max-width: 100% }} .verdict {{ white-
 """
 
 
-def save_plot(results: Sequence[Result], path: Path) -> bool:
+def save_plot(results: Sequence[Result], path: Path, reference: str) -> bool:
     """Differences by layer, forward and backward, as a PNG; False, and no file, if neither rung was climbed."""
     wanted = {result.rung: result.rows for result in results}
     panels = {
@@ -104,8 +97,21 @@ def save_plot(results: Sequence[Result], path: Path) -> bool:
     }
     panels = {title: rows for title, rows in panels.items() if rows}
     if panels:
-        save_parity_plot(panels, path)
+        save_parity_plot(panels, path, reference)
     return bool(panels)
+
+
+def _titles(reference: str) -> tuple[str, ...]:
+    return "rung", "tensors", "difference", "bound", "flaxgpt", reference, "float64", "bound", "", "worst tensor"
+
+
+def _legend(reference: str) -> str:
+    return (
+        "Differences are ||a - b|| / ||b|| of a tensor; those of parameters after updates are relative to how far they moved. "
+        f"difference: flaxgpt against {reference}. flaxgpt, {reference}: each side's own error against {reference} in float64. "
+        "float64: both sides in float64. "
+        "Each column has its largest value; the tensor is the one closest to its bound, or furthest beyond it."
+    )
 
 
 def _table(result: Result) -> list[tuple[str, ...]]:

@@ -1,6 +1,7 @@
-"""What is asked of a side: the functions that `flaxgpt.parity.flax_side` and `torch_ref.parity.torch_side` both have.
+"""What is asked of a side of a comparison. A side is a module with these functions, or an object with these methods.
 
-A side is a module (or anything else with these functions). Weights, gradients and moments go in and come out as NumPy arrays by the
+There are three: the module `flaxgpt.parity.flax_side`, and objects of `torch_ref.parity.torch_side.TorchSide` and of
+`torch_ref.parity.huggingface_side.HuggingFaceSide`. Weights, gradients and moments go in and come out as NumPy arrays by the
 names of the reference's parameters. A dtype is the precision to compute in: "float32", "bfloat16" or "float64"; products of float32
 are never rounded to less, whatever a device does by default.
 """
@@ -28,7 +29,7 @@ Noise = Callable[[int], np.ndarray]
 
 
 class Side(Protocol):
-    """What both sides can do."""
+    """What every side can do."""
 
     def passes(self, cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[str, Tensors]:
         """One forward and backward pass, without dropout.
@@ -97,7 +98,7 @@ class SeededSide(Side, Protocol):
 
 
 class NoiseDrivenSide(Side, Protocol):
-    """The side that is handed the noise it draws tokens with: the reference."""
+    """The side that is handed the noise it draws tokens with: the reference, or Hugging Face's model in its place."""
 
     def generate(
         self,

@@ -118,6 +118,40 @@ def _refuse_flags_of_nanogpt(args: Sequence[str]) -> None:
         raise InputError(f"{args[0]}: a config is not a file here, as nanoGPT's are, but flags on top of a --preset")
 
 
+@dataclass(frozen=True)
+class PlanArgs:
+    """Which run, and on what."""
+
+    preset: str = "tiny"
+    """Where the other defaults come from: tiny, verdict-124m, shakespeare-char, gpt2-124m, -355m, -774m or -1558m."""
+    target: str = "here"
+    """What to compile for: here (the devices of this machine), gpu:h100x8, tpu:v5e:4x4, tpu:v5p:2x2x2 and so on."""
+    json: bool = False
+    """Print the plan as JSON."""
+    hlo: Path | None = None
+    """Write the compiled program's text to this file, to be checked."""
+    sweep: bool = False
+    """Try the meshes of the target, each with the fewest microbatches that fit, and rank those that do."""
+    config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+
+
+def parse_plan(description: str, args: list[str] | None = None) -> PlanArgs:
+    """The arguments of `plan.py`: the preset's config and the flags on top.
+
+    Raises:
+        InputError: an unknown preset.
+        SystemExit: as for `parse_train`.
+    """
+    args = sys.argv[1:] if args is None else args
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--preset", default="tiny")
+    first = argparse.Namespace(preset="tiny")
+    with contextlib.suppress(argparse.ArgumentError):  # a flag without its value: tyro will say so
+        first = peek.parse_known_args(args)[0]
+    default = PlanArgs(preset=first.preset, config=TrainConfig.preset(first.preset))
+    return tyro.cli(PlanArgs, args=args, default=default, description=description)
+
+
 def sample_command(out_dir: Path) -> str:
     """The command that samples from a run, for the terminal that the current script was started in."""
     script = Path(sys.argv[0])

@@ -23,6 +23,8 @@ CHANGEABLE = (
     "prompt",
     "sample_tokens",
     "fsdp",
+    "tensor",
+    "gather",
 )
 """What `--resume` may change: how long to train and how to look, not what is trained on what."""
 

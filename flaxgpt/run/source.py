@@ -133,7 +133,8 @@ def start_from(source: Source, cfg: TrainConfig) -> TrainConfig:
     Of a padded vocabulary, the tokens of the tokenizer are left: no text has any others.
     """
     vocab_size = source.tokenizer.vocab_size if source.tokenizer else source.cfg.vocab_size
-    model = source.cfg.replace(dtype=cfg.model.dtype, remat=cfg.model.remat, vocab_size=vocab_size)
+    how = {name: getattr(cfg.model, name) for name in ("dtype", "attention", "loss_chunk", "vocab_multiple", "remat")}
+    model = source.cfg.replace(vocab_size=vocab_size, **how)
     return cfg.replace(model=model, tokenizer=GPT2Tokenizer.kind)
 
 

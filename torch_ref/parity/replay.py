@@ -14,6 +14,7 @@ from flaxgpt.config import TrainConfig
 from flaxgpt.data.corpora import Corpus
 from flaxgpt.parity import side
 from flaxgpt.parity.replay import Evaluation, Update
+from flaxgpt.parity.sites import dropouts
 from torch_ref.data.loader import Batch, create_dataloaders, endless
 from torch_ref.generation.generate import generate_text_simple
 from torch_ref.model import init_model
@@ -41,10 +42,12 @@ def recorded_run(cfg: TrainConfig, corpus: Corpus, dtype: str = "float32") -> tu
     model.to(torch.float64 if dtype == "float64" else torch.float32)
     prompt_BT = torch.tensor([corpus.tokenizer.encode(cfg.prompt)])
 
+    names = dropouts(cfg.model.n_layers)
+
     def updates() -> Iterator[Update]:
         optimizer = make_optimizer(model, cfg)
         for step, batch in zip(range(cfg.max_steps), endless(train_loader), strict=False):
-            with recorded_masks(model) as masks:
+            with recorded_masks(names) as masks:
                 loss, grad_norm = train_step(model, optimizer, batch, step, cfg)
             last = step == cfg.max_steps - 1
             evaluation = sample = None

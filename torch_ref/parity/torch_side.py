@@ -1,4 +1,4 @@
-"""What the reference computes, as NumPy arrays by its own names: the functions of `flaxgpt.parity.side.NoiseDrivenSide`.
+"""What GPT-2 in torch computes, as NumPy arrays by the reference's names: the methods of `flaxgpt.parity.side.NoiseDrivenSide`.
 
 `flaxgpt.parity.flax_side` is its twin. In bfloat16 the model is float32, under autocast.
 """
@@ -6,16 +6,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from flaxgpt.config import GPTConfig, SamplingConfig, TrainConfig
 from flaxgpt.parity.side import Batch, Moments, Noise, Tensors
-from flaxgpt.parity.sites import sites
+from flaxgpt.parity.sites import dropouts, sites
 from torch_ref.generation import generate as generation
 from torch_ref.generation.sampling import choose, process_logits
 from torch_ref.loss import calc_loss_batch
@@ -24,167 +28,204 @@ from torch_ref.optim import apply_gradients_, clip_gradients_, make_optimizer
 from torch_ref.step import train_step
 
 
-def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[str, Tensors]:
-    """One forward and backward pass without dropout."""
-    model = build(cfg, weights, dtype).eval()
-    with tapped(model) as taps, _autocast(dtype):
-        loss = calc_loss_batch(model, *map(torch.from_numpy, batch))
-    for x in taps.values():
-        x.retain_grad()
-    loss.backward()
-    names = [site.name for site in sites(cfg.n_layers)]
-    return {
-        "activations": {name: _numpy(taps[name]) for name in names},
-        "loss": {"loss": _numpy(loss)},
-        "backward": {name: _gradient(taps[name]) for name in reversed(names)},
-        "gradients": {name: _gradient(p) for name, p in model.named_parameters()},
-    }
+class TorchSide:
+    """The reference as a side of the ladder.
+
+    Another implementation in torch is a subclass: what its model is called by and made of is in the methods after `draw`.
+    """
+
+    def passes(self, cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[str, Tensors]:
+        """One forward and backward pass without dropout."""
+        model = self.build(cfg, weights, dtype).eval()
+        points = self.points(cfg)
+        with tapped(model, {point for point, _ in points.values()}) as taps, _autocast(dtype):
+            loss = calc_loss_batch(model, *map(torch.from_numpy, batch))
+        for x in taps.values():
+            x.retain_grad()
+        loss.backward()
+        return {
+            "activations": {name: _part(_numpy(taps[point]), third) for name, (point, third) in points.items()},
+            "loss": {"loss": _numpy(loss)},
+            "backward": {name: _part(_gradient(taps[point]), third) for name, (point, third) in reversed(points.items())},
+            "gradients": self.named({name: _gradient(p) for name, p in trained(model).items()}, cfg),
+        }
+
+    def clip(self, gradients: Tensors, cfg: TrainConfig, dtype: str) -> Tensors:
+        """The gradients, clipped, and the norm that they had."""
+        model = self.build(cfg.model, gradients, dtype)
+        self._set_gradients(model, gradients, cfg.model)
+        norm = clip_gradients_(model, cfg)
+        return {"norm": np.array(norm), **self.named({name: _numpy(p.grad) for name, p in trained(model).items()}, cfg.model)}
+
+    def adamw(self, cfg: TrainConfig, weights: Tensors, gradients: Tensors, moments: Moments, step: int, dtype: str) -> Tensors:
+        """One update of AdamW from given gradients."""
+        model = self.build(cfg.model, weights, dtype)
+        optimizer = make_optimizer(model, cfg)
+        self._set_gradients(model, gradients, cfg.model)
+        own = {part: self.own(named, cfg.model) for part, named in moments.items()}
+        for name, parameter in trained(model).items():
+            parts = {part: torch.tensor(values[name], dtype=parameter.dtype) for part, values in own.items()}
+            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **parts}
+        apply_gradients_(optimizer, step, cfg)
+        return self._after(model, optimizer, cfg.model)
+
+    def train(
+        self, cfg: TrainConfig, weights: Tensors, batches: Sequence[Batch], dtype: str, masks: Sequence[Tensors] | None = None
+    ) -> tuple[Tensors, list[Tensors]]:
+        """Train on these batches with these masks, or with those that torch draws."""
+        model = self.build(cfg.model, weights, dtype)
+        optimizer = make_optimizer(model, cfg)
+        names = dropouts(cfg.model.n_layers)
+        metrics, kept = [], []
+        with torch.random.fork_rng():
+            torch.manual_seed(cfg.seed)
+            for step, batch in enumerate(batches):
+                replaying = recorded_masks(names) if masks is None else replayed_masks(names, masks[step])
+                with replaying as step_masks, _autocast(dtype):  # anew each time: autocast remembers the weights that it has cast
+                    metrics.append(train_step(model, optimizer, tuple(map(torch.from_numpy, batch)), step, cfg))
+                kept.append(step_masks)
+        traces = dict(zip(("loss", "grad_norm"), np.array(metrics).T, strict=True))
+        return traces | self._after(model, optimizer, cfg.model), kept
+
+    def generate(
+        self,
+        cfg: GPTConfig,
+        weights: Tensors,
+        prompt_BT: np.ndarray,
+        new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        noise: Noise | None = None,
+    ) -> np.ndarray:
+        """Continue prompts, drawing with this noise."""
+        model = self.build(cfg, weights, "float32").eval()
+        options = {"temperature": temperature, "top_k": top_k, "noise": noise}
+        return generation.generate(model, torch.from_numpy(prompt_BT), new_tokens, cfg.context_length, **options).numpy()
+
+    def draw(self, logits_BV: np.ndarray, temperature: float, top_k: int | None, noise: Noise) -> np.ndarray:
+        """One token for each row of logits, drawn with this noise."""
+        nothing = torch.zeros(len(logits_BV), 0, dtype=torch.int64)
+        sampling = SamplingConfig(temperature=temperature, top_k=top_k)
+        processed_BV = process_logits(torch.from_numpy(logits_BV), nothing, nothing, sampling)
+        return choose(processed_BV, sampling, noise, t=0).numpy()
+
+    def build(self, cfg: GPTConfig, weights: Tensors, dtype: str) -> nn.Module:
+        """A model with these weights, tokens_BT -> logits_BTV, float64 or (also for bfloat16) float32.
+
+        The global generator stays as it was.
+        """
+        with torch.random.fork_rng():
+            model = GPTModel(cfg).to(torch.float64 if dtype == "float64" else torch.float32)
+        tied = {"out_head.weight": weights["tok_emb.weight"]} if cfg.tie_embeddings else {}
+        model.load_state_dict({name: torch.tensor(value) for name, value in {**weights, **tied}.items()})
+        return model
+
+    def points(self, cfg: GPTConfig) -> dict[str, tuple[str, int | None]]:
+        """Name of a site -> its point in the model, and which third of that it is (None: all)."""
+        return {site.name: (site.point, None) for site in sites(cfg.n_layers)}
+
+    def own(self, named: Tensors, cfg: GPTConfig) -> Tensors:
+        """Arrays by the names of the reference's parameters, by the names and in the shapes of the model's own."""
+        return named
+
+    def named(self, own: Tensors, cfg: GPTConfig) -> Tensors:
+        """The inverse of `own`."""
+        return own
+
+    def _set_gradients(self, model: nn.Module, gradients: Tensors, cfg: GPTConfig) -> None:
+        own = self.own(gradients, cfg)
+        for name, parameter in trained(model).items():
+            parameter.grad = torch.tensor(own[name], dtype=parameter.dtype)
+
+    def _after(self, model: nn.Module, optimizer: torch.optim.AdamW, cfg: GPTConfig) -> Tensors:
+        parts = {"parameter": {name: _numpy(p) for name, p in trained(model).items()}}
+        for part in ("exp_avg", "exp_avg_sq"):
+            parts[part] = {name: _numpy(optimizer.state[p][part]) for name, p in trained(model).items()}
+        return {f"{part}/{name}": value for part, own in parts.items() for name, value in self.named(own, cfg).items()}
 
 
-def clip(gradients: Tensors, cfg: TrainConfig, dtype: str) -> Tensors:
-    """The gradients, clipped, and the norm that they had."""
-    model = build(cfg.model, gradients, dtype)
-    _set_gradients(model, gradients)
-    norm = clip_gradients_(model, cfg)
-    return {"norm": np.array(norm), **{name: _numpy(p.grad) for name, p in model.named_parameters()}}
-
-
-def adamw(cfg: TrainConfig, weights: Tensors, gradients: Tensors, moments: Moments, step: int, dtype: str) -> Tensors:
-    """One update of AdamW from given gradients."""
-    model = build(cfg.model, weights, dtype)
-    optimizer = make_optimizer(model, cfg)
-    _set_gradients(model, gradients)
-    for name, parameter in model.named_parameters():
-        parts = {part: torch.tensor(values[name], dtype=parameter.dtype) for part, values in moments.items()}
-        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **parts}
-    apply_gradients_(optimizer, step, cfg)
-    return _after(model, optimizer)
-
-
-def train(
-    cfg: TrainConfig, weights: Tensors, batches: Sequence[Batch], dtype: str, masks: Sequence[Tensors] | None = None
-) -> tuple[Tensors, list[Tensors]]:
-    """Train on these batches with these masks, or with those that torch draws."""
-    model = build(cfg.model, weights, dtype)
-    optimizer = make_optimizer(model, cfg)
-    metrics, kept = [], []
-    with torch.random.fork_rng():
-        torch.manual_seed(cfg.seed)
-        for step, batch in enumerate(batches):
-            replaying = recorded_masks(model) if masks is None else replayed_masks(model, masks[step])
-            with replaying as step_masks, _autocast(dtype):  # anew each time: autocast remembers the weights that it has cast
-                metrics.append(train_step(model, optimizer, tuple(map(torch.from_numpy, batch)), step, cfg))
-            kept.append(step_masks)
-    traces = dict(zip(("loss", "grad_norm"), np.array(metrics).T, strict=True))
-    return traces | _after(model, optimizer), kept
-
-
-def generate(
-    cfg: GPTConfig,
-    weights: Tensors,
-    prompt_BT: np.ndarray,
-    new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    noise: Noise | None = None,
-) -> np.ndarray:
-    """Continue prompts, drawing with this noise."""
-    model = build(cfg, weights, "float32").eval()
-    options = {"temperature": temperature, "top_k": top_k, "noise": noise}
-    return generation.generate(model, torch.from_numpy(prompt_BT), new_tokens, cfg.context_length, **options).numpy()
-
-
-def draw(logits_BV: np.ndarray, temperature: float, top_k: int | None, noise: Noise) -> np.ndarray:
-    """One token for each row of logits, drawn with this noise."""
-    nothing = torch.zeros(len(logits_BV), 0, dtype=torch.int64)
-    sampling = SamplingConfig(temperature=temperature, top_k=top_k)
-    processed_BV = process_logits(torch.from_numpy(logits_BV), nothing, nothing, sampling)
-    return choose(processed_BV, sampling, noise, t=0).numpy()
-
-
-def build(cfg: GPTConfig, weights: Mapping[str, np.ndarray], dtype: str) -> GPTModel:
-    """A model with these weights, float64 or (also for bfloat16) float32; the global generator stays as it was."""
-    with torch.random.fork_rng():
-        model = GPTModel(cfg).to(torch.float64 if dtype == "float64" else torch.float32)
-    tied = {"out_head.weight": weights["tok_emb.weight"]} if cfg.tie_embeddings else {}
-    model.load_state_dict({name: torch.tensor(value) for name, value in {**weights, **tied}.items()})
-    return model
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training moves, by the model's own names."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @contextlib.contextmanager
-def tapped(model: GPTModel) -> Iterator[dict[str, torch.Tensor]]:
-    """Collects the activations at all sites in the forward pass made within, by hooks; `flaxgpt.layers.tapped` is its twin."""
+def tapped(model: nn.Module, points: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Collects the activations at these points in the forward pass made within, by hooks; `flaxgpt.layers.tapped` is its twin.
+
+    A point is a module's path and "input" or "output", as in `flaxgpt.parity.sites`.
+    """
     taps: dict[str, torch.Tensor] = {}
 
-    def put_on(name: str, module: nn.Module, end: str) -> RemovableHandle:
+    def put_on(point: str) -> RemovableHandle:
+        path, _, end = point.rpartition(".")
+        module = model.get_submodule(path)
         if end == "input":
-            return module.register_forward_pre_hook(lambda _, args: taps.__setitem__(name, args[0]))
-        return module.register_forward_hook(lambda _, args, result: taps.__setitem__(name, result))
+            return module.register_forward_pre_hook(lambda _, args: taps.__setitem__(point, args[0]))
+        return module.register_forward_hook(
+            lambda _, args, result: taps.__setitem__(point, result[-1] if isinstance(result, tuple) else result)
+        )
 
-    with _removed_after([put_on(name, model.get_submodule(path), end) for name, path, end in sites(model.cfg.n_layers)]):
-        yield taps
-
-
-@contextlib.contextmanager
-def recorded_masks(model: GPTModel) -> Iterator[Tensors]:
-    """Collects what dropout keeps in the forward pass made within, by the names of the dropout modules.
-
-    torch draws a mask by the number of elements alone, so the same state of the generator gives the mask of ones as well.
-    """
-    masks: Tensors = {}
-
-    def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Dropout, args: tuple[torch.Tensor]) -> None:
-            if module.training and module.p:
-                state = torch.get_rng_state()
-                _, keep = torch.native_dropout(torch.ones_like(args[0]), module.p, train=True)
-                torch.set_rng_state(state)
-                masks[name] = keep.numpy()
-
-        return hook
-
-    with _removed_after([module.register_forward_pre_hook(record(name)) for name, module in _dropouts(model)]):
-        yield masks
-
-
-@contextlib.contextmanager
-def replayed_masks(model: GPTModel, masks: Tensors) -> Iterator[Tensors]:
-    """Dropout keeps what these masks say in the forward pass made within."""
-
-    def replay(name: str) -> Callable[..., torch.Tensor]:
-        keep = torch.from_numpy(np.array(masks[name]))
-
-        def hook(module: nn.Dropout, args: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
-            if keep.shape != args[0].shape:
-                raise ValueError(f"the dropout mask of {name} is {tuple(keep.shape)}, expected {tuple(args[0].shape)}")
-            return args[0] * keep / (1 - module.p)
-
-        return hook
-
-    with _removed_after([module.register_forward_hook(replay(name)) for name, module in _dropouts(model) if module.p]):
-        yield masks
-
-
-def _dropouts(model: GPTModel) -> list[tuple[str, nn.Dropout]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
-
-
-@contextlib.contextmanager
-def _removed_after(hooks: list[RemovableHandle]) -> Iterator[None]:
+    hooks = [put_on(point) for point in points]
     try:
-        yield
+        yield taps
     finally:
         for hook in hooks:
             hook.remove()
 
 
+@contextlib.contextmanager
+def recorded_masks(names: Sequence[str]) -> Iterator[Tensors]:
+    """Collects what dropout keeps in the forward pass made within, by the names of its calls, in order.
+
+    torch draws a mask by the number of elements alone, so the same state of the generator gives the mask of ones as well.
+    """
+    masks: Tensors = {}
+
+    def drop(name: str, x: torch.Tensor, rate: float) -> torch.Tensor:
+        state = torch.get_rng_state()
+        masks[name] = (F.dropout(torch.ones_like(x), rate) > 0).numpy()
+        torch.set_rng_state(state)
+        return F.dropout(x, rate)
+
+    with _Dropouts(names, drop):
+        yield masks
+
+
+@contextlib.contextmanager
+def replayed_masks(names: Sequence[str], masks: Tensors) -> Iterator[Tensors]:
+    """Dropout keeps what these masks say in the forward pass made within, which calls it in the order of the names."""
+
+    def drop(name: str, x: torch.Tensor, rate: float) -> torch.Tensor:
+        keep = torch.from_numpy(np.array(masks[name]))
+        if keep.shape != x.shape:
+            raise ValueError(f"the dropout mask of {name} is {tuple(keep.shape)}, expected {tuple(x.shape)}")
+        return x * keep / (1 - rate)
+
+    with _Dropouts(names, drop):
+        yield masks
+
+
+class _Dropouts(TorchFunctionMode):
+    """Replaces torch's dropout, whoever calls it: a module, or a function of Hugging Face's."""
+
+    def __init__(self, names: Sequence[str], drop: Callable[[str, torch.Tensor, float], torch.Tensor]) -> None:
+        super().__init__()
+        self.names, self.drop = itertools.cycle(names), drop  # around again for the next microbatch
+
+    def __torch_function__(self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not F.dropout or not (kwargs["training"] and kwargs["p"]):
+            return function(*args, **kwargs)
+        return self.drop(next(self.names), args[0], kwargs["p"])
+
+
+def _part(array: np.ndarray, third: int | None) -> np.ndarray:
+    return array if third is None else np.split(array, 3, axis=-1)[third]
+
+
 def _autocast(dtype: str) -> contextlib.AbstractContextManager[None]:
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-def _set_gradients(model: GPTModel, gradients: Tensors) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.grad = torch.tensor(gradients[name], dtype=parameter.dtype)
 
 
 def _gradient(x: torch.Tensor) -> np.ndarray:
@@ -194,11 +235,3 @@ def _gradient(x: torch.Tensor) -> np.ndarray:
 def _numpy(x: torch.Tensor) -> np.ndarray:
     x = x.detach()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-
-
-def _after(model: GPTModel, optimizer: torch.optim.AdamW) -> Tensors:
-    named = dict(model.named_parameters())
-    after = {f"parameter/{name}": _numpy(p) for name, p in named.items()}
-    for part in ("exp_avg", "exp_avg_sq"):
-        after |= {f"{part}/{name}": _numpy(optimizer.state[p][part]) for name, p in named.items()}
-    return after

@@ -1,0 +1,98 @@
+"""A plan as tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from flaxgpt.plan.plan import Plan
+from flaxgpt.plan.targets import Chip
+
+
+def show(plan: Plan, chip: Chip | None) -> None:
+    """Print all of a plan."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{plan.target}: {plan.device}, {_mesh(plan)}; nothing was run (compiled in {plan.compile_seconds:.0f} s)\n"
+        f"batch_size {plan.batch_size}, grad_accum_steps {plan.grad_accum_steps}: {plan.rows} rows at once on a device; "
+        f"attention: {plan.attention}\n"
+    )
+    console.print(memory_table(plan))
+    console.print(traffic_table(plan) if plan.traffic else "nothing is sent between devices\n")
+    again = plan.program_flops / plan.model_flops - 1
+    console.print(
+        f"arithmetic of an update: {plan.model_flops / 1e12:,.1f} TFLOP by the model, {plan.program_flops / 1e12:,.1f} in the program "
+        f"({again:+.0%}: what is computed again or for nothing)"
+    )
+    if plan.uncounted_loops:
+        console.print(f"the turns of {plan.uncounted_loops} loops could not be read; what is in them is counted once", style="bold")
+    if plan.seconds and chip:
+        console.print(
+            f"an update takes at least {_time(plan.seconds.bound)}: arithmetic {_time(plan.seconds.arithmetic)}, memory "
+            f"{_time(plan.seconds.memory)}, interconnect {_time(plan.seconds.interconnect)}"
+        )
+        console.print(f"(lower bounds, at the published peaks of {chip.source}; a real update takes longer)")
+
+
+def show_ranking(plans: list[Plan], chip: Chip | None) -> None:
+    """Print a line for each plan, in this order."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(ranking_table(plans))
+    if chip:
+        console.print(f"(lower bounds, at the published peaks of {chip.source}; ranked by what an update takes if nothing overlaps)")
+
+
+def memory_table(plan: Plan) -> Table:
+    """Bytes of one device."""
+    table = Table("memory of a device", "GiB", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table.columns[1].justify = "right"
+    rows = {
+        "parameters": plan.params_bytes,
+        "moments": plan.moments_bytes,
+        "arguments as laid out": plan.arguments_bytes,
+        "temporaries": plan.temporaries_bytes,
+        "peak": plan.peak_bytes,
+        "available": plan.memory_bytes,
+    }
+    for name, size in rows.items():
+        table.add_row(name, f"{size / 2**30:.3f}")
+    room = plan.memory_bytes - plan.peak_bytes
+    table.add_row("fits, with room for" if plan.fits else "does not fit, too large by", f"{abs(room) / 2**30:.3f}", style="bold")
+    table.add_row("", "")
+    return table
+
+
+def traffic_table(plan: Plan) -> Table:
+    """What crosses the wire in an update."""
+    table = Table("collective", "of", "dtype", "where", "devices", "an update", "GB", box=None, padding=(0, 2, 0, 0))
+    for column in table.columns[4:]:
+        column.justify = "right"
+    for row in plan.traffic:
+        table.add_row(row.kind, row.what, row.dtype, row.place, f"{row.group}", f"{row.times:,}", f"{row.wire_bytes / 1e9:,.3f}")
+    table.add_row(
+        "all, sent by each device", "", "", "", "", f"{sum(row.times for row in plan.traffic):,}", f"{plan.wire_bytes / 1e9:,.3f}"
+    )
+    table.add_row("", "", "", "", "", "", "")
+    return table
+
+
+def ranking_table(plans: list[Plan]) -> Table:
+    """A line for each plan."""
+    table = Table(
+        "mesh", "grad_accum_steps", "rows", "peak GiB", "sent GB", "at least", "if nothing overlaps", box=None, padding=(0, 2, 0, 0)
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for plan in plans:
+        times = (_time(plan.seconds.bound), _time(plan.seconds.apart)) if plan.seconds else ("-", "-")
+        sizes = (f"{plan.peak_bytes / 2**30:.2f}", f"{plan.wire_bytes / 1e9:,.2f}")
+        table.add_row(_mesh(plan), f"{plan.grad_accum_steps}", f"{plan.rows}", *sizes, *times)
+    return table
+
+
+def _mesh(plan: Plan) -> str:
+    return " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items())
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

@@ -1,0 +1,283 @@
+"""A plan says what a run really holds and computes; compiled for the CPU, where both can be looked at."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import plan as script
+import pytest
+import train_jax
+import train_torch
+from conftest import SMALL, refused, refused_by_tyro
+
+from flaxgpt.config import TrainConfig
+from flaxgpt.errors import InputError
+from flaxgpt.plan import plan as plans
+from flaxgpt.plan import targets
+from flaxgpt.plan.hlo import Collective, read_program
+from flaxgpt.plan.plan import fewest_microbatches, make_plan, model_flops, place, plan_mesh, settle, what_moves
+from flaxgpt.plan.targets import CHIPS, Target, find_target, present
+
+RUN = TrainConfig(model=SMALL, batch_size=16)
+SMALL_FLAGS = ("--batch-size", 4, "--context-length", 16, "--emb-dim", 32, "--n-layers", 1)
+
+LIVE = """
+import json, sys
+import jax
+from flaxgpt.config import TrainConfig
+from flaxgpt.optim import adam_state, make_optimizer
+from flaxgpt.plan.plan import make_plan, plan_mesh
+from flaxgpt.plan.targets import find_target
+from flaxgpt.state import create_state
+
+cfg = TrainConfig.from_dict(json.loads(sys.argv[1]))
+target = find_target("here")
+plan, _ = make_plan(cfg, target)
+state = create_state(cfg, make_optimizer(cfg), plan_mesh(cfg, target))
+adam = adam_state(state.opt_state)
+
+def held(tree):
+    shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
+    return [sum(s.data.nbytes for s in shards if s.device == device) for device in jax.devices()]
+
+print(json.dumps([plan.to_dict(), held(state.params), held((adam.mu, adam.nu))]))
+"""
+
+
+@functools.cache
+def on_eight_devices(cfg: TrainConfig) -> tuple[dict, list[int], list[int]]:
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-c", LIVE, json.dumps(cfg.to_dict())]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def target() -> Target:
+    return present(jax.devices())
+
+
+def with_memory(target: Target, memory: float) -> Target:
+    return dataclasses.replace(target, memory=int(memory))
+
+
+@pytest.mark.parametrize("fsdp", [1, 4, 8])
+def test_parameters_and_moments_are_the_live_buffers_of_each_of_eight_devices(fsdp):
+    plan, params, moments = on_eight_devices(RUN.replace(fsdp=fsdp))
+    assert params == [plan["params_bytes"]] * 8
+    assert moments == [plan["moments_bytes"]] * 8
+    assert plan["arguments_bytes"] >= plan["params_bytes"] + plan["moments_bytes"]
+    assert plan["mesh"]["fsdp"] == fsdp
+
+
+def by_hand(cfg: TrainConfig) -> float:
+    """Operations of an update with plain attention, from the shapes: every product has two gradients of its own size.
+
+    Recomputed, a block makes its products again but for the last one, whose result nothing in the backward pass needs.
+    """
+    L, D, V, T = cfg.model.n_layers, cfg.model.emb_dim, cfg.model.vocab_size, cfg.model.context_length
+    qkv, out, up, down = 3 * D * D, D * D, 4 * D * D, 4 * D * D
+    scores = context = T * D
+    block, head = qkv + scores + context + out + up + down, D * V
+    again = block - down if cfg.model.remat else 0
+    return 2 * cfg.batch_size * T * (3 * (L * block + head) + L * again)
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_programs_arithmetic_agrees_with_a_count_by_hand(target, remat, steps):
+    cfg = RUN.replace(grad_accum_steps=steps, model=SMALL.replace(remat=remat, vocab_size=331, n_layers=3))
+    plan, _ = make_plan(cfg, target)
+    assert plan.program_flops == pytest.approx(by_hand(cfg), rel=0.01)
+    assert plan.uncounted_loops == 0
+
+
+def test_the_models_arithmetic_is_the_count_by_hand_without_masked_scores():
+    cfg = TrainConfig.preset("gpt2-124m")
+    masked = 6 * cfg.batch_size * 12 * 768 * 1024 * 1023  # of two products, half but for the diagonal
+    whole = by_hand(cfg.replace(model=cfg.model.replace(remat=False)))
+    assert model_flops(cfg) == whole - masked
+
+
+def test_arithmetic_on_eight_devices_is_that_of_one(target):
+    eight, _, _ = on_eight_devices(RUN)
+    assert eight["program_flops"] == make_plan(RUN, target)[0].program_flops
+
+
+def test_one_device_sends_nothing_and_eight_send_their_gradients(target):
+    assert make_plan(RUN, target)[0].traffic == ()
+    eight, _, _ = on_eight_devices(RUN)
+    kinds = {(row["kind"], row["what"]) for row in eight["traffic"]}
+    assert ("all-reduce", "gradients") in kinds, kinds
+    assert eight["wire_bytes"] >= 1.75 * eight["params_bytes"], "fewer bytes than the gradients of all parameters"
+
+
+def test_the_peak_holds_what_the_compiler_says(target):
+    plan, _ = make_plan(RUN, target)
+    assert plan.peak_bytes >= plan.params_bytes + plan.moments_bytes + plan.temporaries_bytes
+    assert plan.fits == (plan.peak_bytes <= target.memory)
+
+
+@pytest.mark.parametrize("least", [1, 2, 4, 8, 16, 32])
+def test_the_fewest_microbatches_that_fit_are_found_with_few_trials(target, monkeypatch, least):
+    tried = []
+
+    def fits(cfg, _):
+        tried.append(cfg.grad_accum_steps)
+        return cfg if cfg.grad_accum_steps >= least else None
+
+    monkeypatch.setattr(plans, "fitting", fits)
+    found = fewest_microbatches(RUN, target)
+    assert (found and found.grad_accum_steps) == (least if least <= 16 else None)
+    assert len(tried) == len(set(tried)) <= 4
+
+
+def test_microbatches_are_found_by_the_compiled_peak(target):
+    cfg = RUN.replace(batch_size=2)
+    whole, half = (make_plan(cfg.replace(grad_accum_steps=n), target)[0].peak_bytes for n in (1, 2))
+    assert half < whole, "a smaller microbatch does not hold less"
+    auto = cfg.replace(grad_accum_steps="auto")
+    assert settle(auto, with_memory(target, whole)).grad_accum_steps == 1
+    assert settle(auto, with_memory(target, half)).grad_accum_steps == 2
+    with pytest.raises(InputError, match="not even the smallest microbatch fits"):
+        settle(auto, with_memory(target, 1000))
+
+
+def test_nothing_is_compiled_where_the_state_alone_is_too_large(target, monkeypatch):
+    monkeypatch.setattr(plans, "make_plan", lambda *_: pytest.fail("compiled"))
+    assert fewest_microbatches(RUN, with_memory(target, 1000)) is None
+
+
+def test_a_number_of_microbatches_is_left_as_it_is(target, monkeypatch):
+    monkeypatch.setattr(plans, "make_plan", lambda *_: pytest.fail("compiled"))
+    assert settle(RUN, target) is RUN
+
+
+def test_training_finds_the_microbatches_says_so_and_writes_them(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(plans, "fitting", lambda cfg, _: cfg if cfg.grad_accum_steps >= 4 else None)
+    flags = ("--max-steps", 1, "--sample-tokens", 0, "--eval-batches", 1)
+    code, out, err = call(train_jax, "--out-dir", tmp_path / "run", "--grad-accum-steps", "auto", *flags)
+    assert code == 0, err
+    assert "grad_accum_steps 4 (the fewest that fit)" in out.splitlines()[0]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["grad_accum_steps"] == 4
+
+
+def test_the_reference_wants_a_number_of_microbatches(call, tmp_path):
+    refused(call(train_torch, "--out-dir", tmp_path / "run", "--grad-accum-steps", "auto"), "grad_accum_steps=auto.*pass a number")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("loops", "steps", "where"),
+    [
+        ((), 32, "outside"),
+        ((32,), 32, "microbatch loop"),
+        ((32, 2), 32, "layer loop"),
+        ((2,), 1, "layer loop"),
+        ((2, 2), 2, "layer loop"),
+        ((2,), 2, "microbatch loop"),
+        ((7,), 1, "another loop"),
+        ((32, 7), 32, "another loop"),
+    ],
+)
+def test_a_place_is_told_by_how_often_its_loops_turn(loops, steps, where):
+    assert place(loops, RUN.replace(batch_size=32, grad_accum_steps=steps)) == where
+
+
+@pytest.mark.parametrize(
+    ("kind", "arrays", "what"),
+    [
+        ("all-gather", [("bf16", (4, 128))], "weights"),  # the first of eight parts of a layer's (32, 128)
+        ("all-gather", [("f32", (2, 4, 128)), ("f32", (32,))], "weights"),
+        ("reduce-scatter", [("f32", (97, 32))], "gradients"),
+        ("all-reduce", [("f32", (97, 32)), ("f32", ())], "gradients"),
+        ("all-gather", [("f32", (2, 16, 97))], "activations"),
+        ("all-gather", [("s32", (2, 16))], "tokens"),
+        ("all-reduce", [("f32", ())], "numbers"),
+    ],
+)
+def test_what_moves_is_told_by_its_size(kind, arrays, what, target):
+    cfg = RUN.replace(fsdp=8)
+    devices = dataclasses.replace(target, devices=target.devices * 8)
+    mesh = plan_mesh(cfg, devices)
+    collective = Collective(kind, tuple(arrays), 0.0, 8, (), "")
+    assert what_moves(collective, cfg, mesh, plans.weight_sizes(cfg, mesh)) == what
+
+
+def test_the_command_prints_what_the_machine_needs(call, tmp_path):
+    code, out, err = call(script, *SMALL_FLAGS)
+    assert code == 0, err
+    for said in ("here: cpu", "parameters", "moments", "temporaries", "fits, with room for", "nothing is sent", "nothing was run", "plain"):
+        assert said in out, out
+
+
+def test_the_plan_as_json_and_the_program_as_text_say_the_same(call, tmp_path):
+    code, out, err = call(script, *SMALL_FLAGS, "--json", "--hlo", tmp_path / "step.hlo")
+    assert code == 0, err
+    plan = json.loads(out)
+    program = read_program((tmp_path / "step.hlo").read_text())
+    assert plan["program_flops"] == sum(program.flops.values())
+    assert plan["fits"]
+    assert plan["grad_accum_steps"] == 1
+
+
+def test_a_sweep_ranks_the_meshes_that_fit(call):
+    code, out, err = call(script, *SMALL_FLAGS, "--sweep", "--json")
+    assert code == 0, err
+    assert [plan["mesh"]["fsdp"] for plan in json.loads(out)] == [1]
+    assert "fsdp 1: grad_accum_steps 1" in err
+
+
+def test_a_plan_that_does_not_fit_says_the_smallest_that_does(call, target, monkeypatch):
+    small, _ = make_plan(RUN.replace(grad_accum_steps=4), target)
+    monkeypatch.setattr(targets, "find_target", lambda _: with_memory(target, 1000))
+    code, out, err = call(script, *SMALL_FLAGS)
+    assert code == 2
+    assert "does not fit, too large by" in out
+    assert "no mesh of here fits" in err.splitlines()[-1]
+    monkeypatch.setattr(plans, "fitting", lambda cfg, _: small if cfg.grad_accum_steps == 4 else None)
+    code, out, err = call(script, *SMALL_FLAGS)
+    assert code == 2
+    assert "the smallest change that fits is --fsdp 1 --grad-accum-steps 4" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["there", "gpu:h100x9", "gpu:h100", "tpu:v5e", "tpu:v1:2x2", "gpu:b9x8"])
+def test_an_unknown_target_is_refused_with_those_there_are(call, name):
+    refused(call(script, "--target", name), r"unknown target.*here.*gpu:h100x8.*tpu:v5e:4x4")
+
+
+@pytest.mark.parametrize(("name", "wheel"), [("tpu:v5e:2x4", r"jax\[tpu\]=="), ("gpu:h100x8", "jax-cuda13-plugin==")])
+def test_what_is_missing_to_compile_for_a_target_is_said_with_the_line_that_installs_it(call, name, wheel, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    refused(call(script, "--target", name), f"not installed: pip install.*{wheel}{jax.__version__}")
+
+
+def test_an_fsdp_that_does_not_divide_the_targets_devices_is_refused(call):
+    refused(call(script, *SMALL_FLAGS, "--fsdp", 2), "fsdp=2 does not divide the 1 devices of here")
+
+
+def test_a_number_of_microbatches_is_a_number_or_auto(call):
+    refused_by_tyro(call(script, "--grad-accum-steps", "few"), "few")
+    with pytest.raises(InputError, match="expected int or one of auto"):
+        TrainConfig(grad_accum_steps="few")
+    with pytest.raises(InputError, match="at least 1, or auto"):
+        TrainConfig(grad_accum_steps=0)
+
+
+def test_every_chip_has_its_figures_and_their_source():
+    for name, chip in CHIPS.items():
+        assert chip.source.startswith("https://"), name
+        assert 10e12 < min(chip.flops.values()), name
+        assert chip.memory / chip.bandwidth < 1, f"{name}: reading its memory once would take over a second"
+        assert chip.link < chip.bandwidth, f"{name}: faster to a neighbour than to its own memory"
+
+
+def test_devices_that_are_here_share_the_hosts_memory():
+    here = find_target("here")
+    assert here.memory == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.device_count()
+    assert here.chip is None

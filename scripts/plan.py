@@ -1,0 +1,91 @@
+"""Plan a run before a machine is paid for: compile the step that training would, for devices that need not be there.
+
+Nothing is run, and no data is read. The flags of the model and of the run are those of train_jax.py.
+
+Examples:
+  plan.py                                                        # the first run, on this machine
+  plan.py --preset gpt2-1558m --target tpu:v5e:4x4 --fsdp 16
+  plan.py --preset gpt2-124m --target gpu:h100x8 --json
+  plan.py --preset gpt2-1558m --target gpu:h100x8 --sweep
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flaxgpt.errors import InputError
+from flaxgpt.run.cli import PlanArgs, one_line_errors, parse_plan
+
+if TYPE_CHECKING:
+    from flaxgpt.plan.targets import Target
+
+
+@one_line_errors
+def main() -> None:
+    """Parse the flags, compile, print what was found."""
+    args = parse_plan(__doc__)
+
+    from flaxgpt.plan.plan import TooLargeError, make_plan, settle
+    from flaxgpt.plan.report import show
+    from flaxgpt.plan.targets import find_target
+
+    target = find_target(args.target)
+    if args.sweep:
+        sweep(args, target)
+        return
+    try:
+        plan, text = make_plan(settle(args.config, target), target)
+    except TooLargeError as error:
+        raise InputError(f"{error}; {advice(args, target)}") from None
+    if args.hlo:
+        write(args.hlo, text)
+    if args.json:
+        print(json.dumps(plan.to_dict(), indent=2))
+    else:
+        show(plan, target.chip)
+    if not plan.fits:
+        sizes = f"{plan.peak_bytes / 2**30:.2f} GiB of the {plan.memory_bytes / 2**30:.2f} GiB of a {plan.device}"
+        raise InputError(f"it needs {sizes}; {advice(args, target)}")
+
+
+def sweep(args: PlanArgs, target: "Target") -> None:
+    """Try the target's meshes, each with the fewest microbatches that fit, and rank what fits."""
+    from flaxgpt.plan.plan import rank, try_meshes
+    from flaxgpt.plan.report import show_ranking
+
+    plans = []
+    for fsdp, plan in try_meshes(args.config, target):
+        print(f"fsdp {fsdp}: {f'grad_accum_steps {plan.grad_accum_steps}' if plan else 'does not fit'}", file=sys.stderr)
+        plans += [plan] if plan else []
+    if not plans:
+        raise InputError(f"no mesh of {target.name} fits, with any number of microbatches: take more devices, or larger ones")
+    if args.json:
+        print(json.dumps([plan.to_dict() for plan in rank(plans)], indent=2))
+    else:
+        show_ranking(rank(plans), target.chip)
+
+
+def advice(args: PlanArgs, target: "Target") -> str:
+    """What to do about a plan that does not fit."""
+    from flaxgpt.plan.plan import smallest_that_fits
+
+    print("does not fit: looking for what does", file=sys.stderr)
+    if plan := smallest_that_fits(args.config, target):
+        flags = f"--fsdp {plan.mesh['fsdp']} --grad-accum-steps {plan.grad_accum_steps}"
+        return f"the smallest change that fits is {flags} ({plan.peak_bytes / 2**30:.2f} GiB)"
+    return f"no mesh of {target.name} fits, with any number of microbatches: take more devices, or larger ones"
+
+
+def write(path: Path, text: str) -> None:
+    """Write the compiled program, whole or not at all."""
+    try:
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} can't be written: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    main()
