@@ -19,6 +19,7 @@ import train_jax
 import train_torch
 from conftest import SCRIPTS, SMALL, assert_equal_bits, random_ids, random_pair, refused
 from hugging_face import NARROW, make_model
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_huggingface import assert_same_model
 from tokenizers import Tokenizer
@@ -142,6 +143,18 @@ def test_files_are_recognised_by_what_is_in_them(call, file):
     torch.save({"model_state_dict": random_pair(SMALL)[0].state_dict(), "config": SMALL.to_dict()}, "really-a-pickle.safetensors")
     assert flaxgpt.load("weights.bin").cfg == TINY
     assert flaxgpt.load("really-a-pickle.safetensors").cfg == SMALL
+
+
+def test_safetensors_whose_first_byte_is_that_of_a_pickle_are_safetensors(file, tmp_path):
+    with safe_open(file, "np") as opened:
+        metadata = opened.metadata()
+    for n in range(0, 256, 8):  # the file begins with the length of the header, a multiple of 8
+        save_file(load_file(file), tmp_path / "model", metadata | {"filler": "x" * n})
+        if (tmp_path / "model").read_bytes()[:1] == b"\x80":
+            break
+    else:
+        raise AssertionError("no header had this length")
+    assert flaxgpt.load(tmp_path / "model").cfg == TINY
 
 
 def test_the_scripts_take_a_file_in_place_of_a_folder(call):

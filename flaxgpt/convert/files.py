@@ -85,7 +85,9 @@ class Tensors(Mapping[str, "Tensor"]):
         try:
             done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
             if done.returncode:
-                raise (InputError if done.returncode == 2 else RuntimeError)(done.stderr.strip().removeprefix("error: "))
+                if done.returncode != 2:  # a bug of ours
+                    raise RuntimeError(done.stderr)
+                raise InputError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))  # torch's warnings are before it
             tensors = cls(scratch / WEIGHTS)
         except BaseException:
             shutil.rmtree(scratch)

@@ -86,9 +86,7 @@ def _open_folder(folder: Path) -> Source:
 
 
 def _open_file(path: Path, n_heads: int | None, meta: Path | None) -> Source:
-    with path.open("rb") as file:
-        start = file.read(4)
-    tensors = Tensors.of_pickle(path) if start == b"PK\3\4" or start[:1] == b"\x80" else Tensors(path)  # a zip, or a pickle by itself
+    tensors = Tensors.of_pickle(path) if _is_pickle(path) else Tensors(path)
     about = _about(tensors, path)
     if about and n_heads is not None:
         raise InputError(f"n_heads={n_heads}: {path} has its own config; leave it out")
@@ -113,6 +111,15 @@ def _open_file(path: Path, n_heads: int | None, meta: Path | None) -> Source:
         cfg = infer_config({name: tensors[key] for name, key in REFERENCE.full_names(tensors).items()}, n_heads)
         tokenizer = guess_tokenizer(cfg.vocab_size)
     return Source(path, cfg, tokenizer, open_params(tensors, cfg, REFERENCE))
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether `torch.save` wrote it: a zip, or a pickle by itself. Safetensors begin with a length, of any bytes, and a brace."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return False
+    return start[:4] == b"PK\3\4" or start[:1] == b"\x80"
 
 
 def _about(tensors: Tensors, path: Path) -> dict[str, Any]:
