@@ -9,18 +9,14 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from flaxgpt.config import GPTConfig, TrainConfig
-from flaxgpt.convert.files import Tensors
-from flaxgpt.convert.huggingface import from_huggingface
-from flaxgpt.convert.params import from_torch, shape_faults
-from flaxgpt.data.tokenizer import Tokenizer, load_tokenizer
+from flaxgpt.convert.layout import shape_faults
+from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.errors import InputError
 from flaxgpt.model import init_params
-from flaxgpt.run.folder import CHECKPOINTS, TOKENIZER, TORCH_WEIGHTS, load_config
-from flaxgpt.run.source import open_source
+from flaxgpt.run.folder import CHECKPOINTS
+from flaxgpt.run.source import Source, open_run, open_source
 from flaxgpt.state import TrainState
 from flaxgpt.types import Params
 
@@ -48,16 +44,8 @@ def load_run(folder: Path | str) -> LoadedRun:
     Raises:
         InputError: it is not a run folder, or has no checkpoint that fits its config.
     """
-    folder = Path(folder)
-    cfg, tokenizer = load_config(folder), load_tokenizer(folder / TOKENIZER)
-    weights = folder / CHECKPOINTS / TORCH_WEIGHTS
-    if weights.is_file():
-        try:
-            return LoadedRun(jax.device_put(from_torch(load_file(weights), cfg.model)), cfg, tokenizer)
-        except SafetensorError as error:
-            raise InputError(f"{weights} is damaged ({error})") from None
-    with Checkpoints(folder / CHECKPOINTS) as checkpoints:
-        return LoadedRun(checkpoints.restore_params(cfg.model), cfg, tokenizer)
+    source = open_run(Path(folder))
+    return LoadedRun(load_params(source), source.run, source.tokenizer)
 
 
 class LoadedModel(NamedTuple):
@@ -66,28 +54,43 @@ class LoadedModel(NamedTuple):
     Attributes:
         params: float32, on the default device.
         cfg: the model.
-        tokenizer: what its token ids mean.
+        tokenizer: what its token ids mean, if that is known; its vocabulary may be smaller than the model's, which is then padded.
     """
 
     params: Params
     cfg: GPTConfig
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
 
 
-def load(path_or_id: Path | str) -> LoadedModel:
-    """A model, whatever it is: a run folder (of either trainer), a Hugging Face folder, or an id on the Hugging Face hub.
+def load(path_or_id: Path | str, *, n_heads: int | None = None, meta: Path | None = None) -> LoadedModel:
+    """A model, whatever it is; one tensor is read at a time, so that no second copy of it is ever in memory.
 
     Args:
-        path_or_id: a folder; or an id such as "openai-community/gpt2", or its short name: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-            distilgpt2. Ids need the extra `hf`; what was downloaded once is in the hub's cache, and HF_HUB_OFFLINE=1 is obeyed.
+        path_or_id: a run folder (of either trainer); a Hugging Face folder; a file: nanoGPT's checkpoint, or a state_dict of the
+            reference (of `torch.save`, or safetensors; pickles need torch, and are read with `weights_only`); or an id on the Hugging
+            Face hub such as "openai-community/gpt2", or its short name: gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2. Ids need
+            the extra `hf`; what was downloaded once is in the hub's cache, and HF_HUB_OFFLINE=1 is obeyed.
+        n_heads: attention heads of a state_dict without a config, whose shapes don't imply them.
+        meta: nanoGPT's vocabulary of characters; None: the meta.pkl beside its checkpoint, if there is one.
 
     Raises:
         InputError: there is no such model, it is of another kind than flaxgpt computes (all that differs is named), or its files
-            are damaged or pickles.
+            are damaged, or pickles of anything but tensors and plain values.
     """
-    folder, cfg, tokenizer, is_run = open_source(path_or_id)
-    params = load_run(folder).params if is_run else jax.device_put(from_huggingface(Tensors(folder), cfg))
-    return LoadedModel(params, cfg, tokenizer)
+    source = open_source(path_or_id, n_heads=n_heads, meta=meta)
+    return LoadedModel(load_params(source), source.cfg, source.tokenizer)
+
+
+def load_params(source: Source) -> Params:
+    """The parameters of a source that was opened, float32, on the default device.
+
+    Raises:
+        InputError: it is a run folder without a checkpoint that fits its config.
+    """
+    if source.params is not None:
+        return jax.tree.map(lambda parameter: jax.device_put(parameter[()]), source.params)
+    with Checkpoints(source.path / CHECKPOINTS) as checkpoints:
+        return checkpoints.restore_params(source.cfg)
 
 
 class Checkpoints:

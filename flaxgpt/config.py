@@ -68,6 +68,11 @@ class GPTConfig(_Config):
     """Dropout on the embeddings, the attention weights and both shortcuts of a block; in [0, 1)."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections (the released GPT-2 weights have them)."""
+    bias: bool = True
+    """Biases on the other linear layers, and shifts in the norms. False: no biases anywhere, as nanoGPT's --bias=False; then
+    qkv_bias must be False as well."""
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    """gelu_tanh: GELU's tanh approximation, as GPT-2 was trained. gelu: the exact one (nanoGPT's)."""
     tie_embeddings: bool = False
     """Use the token embedding as the output head (the released GPT-2 weights do)."""
     init: Literal["gpt2", "torch"] = "gpt2"
@@ -93,6 +98,8 @@ class GPTConfig(_Config):
         self._require("drop_rate", lambda v: 0 <= v < 1, "a value in [0, 1)")
         if self.emb_dim % self.n_heads:
             raise InputError(f"emb_dim={self.emb_dim} is not divisible by n_heads={self.n_heads}")
+        if self.qkv_bias and not self.bias:
+            raise InputError("bias=False means no biases anywhere: set qkv_bias=False as well (--no-qkv-bias)")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

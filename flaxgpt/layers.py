@@ -16,7 +16,7 @@ from flaxgpt.convert.names import VOCAB_AXES
 from flaxgpt.sharding import placed
 
 
-def dense(cfg: GPTConfig, path: str, features: int, *, use_bias: bool = True) -> nn.Dense:
+def dense(cfg: GPTConfig, path: str, features: int, *, use_bias: bool) -> nn.Dense:
     """A linear layer, initialised as the parameters at this path are."""
     kernel_init, bias_init = initialiser(cfg, f"{path}/kernel"), initialiser(cfg, f"{path}/bias")
     return nn.Dense(features, use_bias=use_bias, dtype=cfg.dtype, kernel_init=kernel_init, bias_init=bias_init)
@@ -53,12 +53,14 @@ def project(x_BTD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
 
 
 class LayerNorm(nn.Module):
-    """Zero mean and unit (biased) variance over the last axis, eps 1e-5, computed in float32 at least."""
+    """Zero mean and unit (biased) variance over the last axis, eps 1e-5, computed in float32 at least; scaled and, on request, shifted."""
+
+    use_shift: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        shift = self.param("shift", nn.initializers.zeros, (x.shape[-1],))
+        shift = self.param("shift", nn.initializers.zeros, (x.shape[-1],)) if self.use_shift else 0
         x_wide = x.astype(wide(x.dtype))
         mean = x_wide.mean(-1, keepdims=True)
         variance = x_wide.var(-1, keepdims=True)

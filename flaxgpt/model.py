@@ -5,7 +5,7 @@
 B batch, T query position, S key position, D emb_dim, N heads, H head size, F feed-forward width, V vocabulary.
 
 Architecture: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-norm blocks, learned
-positions, tanh GELU.
+positions, tanh GELU (or, on request, the exact one, and no biases: nanoGPT's variants).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class GPT(nn.Module):
         self.pos_emb = Embedding(cfg, "pos_emb", cfg.context_length)
         self.drop_emb = Dropout(cfg.drop_rate)
         self.trf_blocks = TransformerBlock(cfg)
-        self.final_norm = LayerNorm()
+        self.final_norm = LayerNorm(cfg.bias)
         if not cfg.tie_embeddings:
             self.out_head = OutHead(cfg)
 
@@ -157,7 +157,7 @@ class TransformerBlock(nn.Module):
 
     def setup(self) -> None:
         self.att, self.ff = MultiHeadAttention(self.cfg), FeedForward(self.cfg)
-        self.norm1, self.norm2 = LayerNorm(), LayerNorm()
+        self.norm1, self.norm2 = LayerNorm(self.cfg.bias), LayerNorm(self.cfg.bias)
         self.drop_shortcut1, self.drop_shortcut2 = Dropout(self.cfg.drop_rate), Dropout(self.cfg.drop_rate)
         self.shortcut1 = Identity()  # a place to look at what is otherwise no module's output
 
@@ -180,7 +180,7 @@ class MultiHeadAttention(nn.Module):
         self.W_query = dense(cfg, "trf_blocks/att/W_query", D, use_bias=cfg.qkv_bias)
         self.W_key = dense(cfg, "trf_blocks/att/W_key", D, use_bias=cfg.qkv_bias)
         self.W_value = dense(cfg, "trf_blocks/att/W_value", D, use_bias=cfg.qkv_bias)
-        self.out_proj = dense(cfg, "trf_blocks/att/out_proj", D)
+        self.out_proj = dense(cfg, "trf_blocks/att/out_proj", D, use_bias=cfg.bias)
         self.dropout = Dropout(cfg.drop_rate)
 
     def __call__(
@@ -212,14 +212,14 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """D -> 4 D -> D with GELU between (the tanh approximation, as GPT-2 was trained)."""
+    """D -> 4 D -> D with GELU between, the tanh approximation (Hendrycks & Gimpel 2016) or the exact one."""
 
     cfg: GPTConfig
 
     def setup(self) -> None:
-        self.layers_0 = dense(self.cfg, "trf_blocks/ff/layers_0", 4 * self.cfg.emb_dim)
-        self.layers_2 = dense(self.cfg, "trf_blocks/ff/layers_2", self.cfg.emb_dim)
+        self.layers_0 = dense(self.cfg, "trf_blocks/ff/layers_0", 4 * self.cfg.emb_dim, use_bias=self.cfg.bias)
+        self.layers_2 = dense(self.cfg, "trf_blocks/ff/layers_2", self.cfg.emb_dim, use_bias=self.cfg.bias)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        hidden_BTF = jax.nn.gelu(self.layers_0(x_BTD), approximate=True)
+        hidden_BTF = jax.nn.gelu(self.layers_0(x_BTD), approximate=self.cfg.activation == "gelu_tanh")
         return self.layers_2(hidden_BTF)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from flaxgpt.config import TrainConfig
 from flaxgpt.convert.optimizer import MOMENTS, moments_from_torch, moments_to_torch
@@ -18,7 +18,7 @@ from flaxgpt.convert.params import check_finite, from_torch, named_parameters, t
 from flaxgpt.model import init_params
 from flaxgpt.optim import adam_state, make_optimizer, with_adam_state
 from flaxgpt.sharding import state_shardings
-from flaxgpt.types import Params
+from flaxgpt.types import Indexable, Params
 
 
 @jax.tree_util.register_dataclass
@@ -49,12 +49,25 @@ def init_state(cfg: TrainConfig, tx: optax.GradientTransformation, params: Param
 def create_state(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh, params: Params | None = None) -> TrainState:
     """`init_state`, computed in place on the mesh: no host or device ever holds more than its shards.
 
-    Parameters that are given are copied: they stay the caller's when the state is donated.
+    Parameters that are given (arrays, or what is read where it is indexed, as `flaxgpt.convert.layout.Parameter`) are copied one by
+    one: they stay the caller's when the state is donated, and no second copy of all of them is made.
     """
     shardings = state_shardings(abstract_state(cfg, tx), mesh)
-    if params is not None:
-        params = jax.device_put(params, shardings.params)
-    return jax.jit(lambda params: init_state(cfg, tx, params), out_shardings=shardings)(params)
+    if params is None:
+        return jax.jit(lambda: init_state(cfg, tx), out_shardings=shardings)()
+    params = jax.tree.map(_place, params, shardings.params)
+    rest = jax.jit(lambda params: replace(init_state(cfg, tx, params), params=None), out_shardings=replace(shardings, params=None))
+    return replace(rest(params), params=params)
+
+
+def _place(parameter: Indexable, sharding: NamedSharding) -> jax.Array:
+    """A copy of a parameter, each device's shard of which is read by itself."""
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        return np.asarray(parameter[index])
+
+    placed = jax.make_array_from_callback(parameter.shape, sharding, shard)
+    return jnp.copy(placed).block_until_ready()  # what is placed may be the caller's own memory; wait, so that it is freed first
 
 
 def abstract_state(cfg: TrainConfig, tx: optax.GradientTransformation) -> TrainState:

@@ -40,7 +40,7 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
         corpus: its data.
         log: what the results are reported to; its folder takes the checkpoints.
         resume: go on from the newest of them.
-        params: what to start from, if not from random parameters.
+        params: what to start from, if not from random parameters; arrays, or what is read where it is indexed.
 
     Raises:
         InputError: the splits are too short for the config, the devices can't share its batches, no number of microbatches fits in memory

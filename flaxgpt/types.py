@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import jax
     import numpy as np
+
+Index: TypeAlias = "slice | tuple[slice, ...]"
+
+
+class Indexable(Protocol):
+    """An array, of whatever kind, or something that is read where it is indexed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        ...
+
+    def __getitem__(self, index: Index) -> Indexable:
+        """A part of it; `()` is all of it."""
+        ...
+
 
 Params: TypeAlias = "Mapping[str, Params | tuple[Params, ...] | jax.Array | np.ndarray]"
 """The model's parameters, or anything shaped like them: nested dicts of arrays, those of the blocks stacked along a leading L axis

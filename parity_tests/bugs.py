@@ -114,7 +114,7 @@ BUGS = (
         "trf_blocks.0.norm1.out",
     ),
     Bug("unbiased variance", "activations", _TORCH_LAYERS, "unbiased=False", "unbiased=True", "trf_blocks.0.norm1.out"),
-    Bug("erf GELU", "activations", _FLAX, "approximate=True", "approximate=False", "trf_blocks.0.ff.hidden"),
+    Bug("erf GELU", "activations", _FLAX, 'approximate=self.cfg.activation == "gelu_tanh"', "approximate=False", "trf_blocks.0.ff.hidden"),
     Bug(
         "erf GELU",
         "activations",

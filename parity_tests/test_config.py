@@ -43,6 +43,8 @@ def test_gpt2_presets_have_the_released_shapes():
         ({"vocab_size": "50257"}, "vocab_size"),
         ({"vocab_size": True}, "vocab_size"),
         ({"init": "xavier"}, "init"),
+        ({"activation": "relu"}, "activation"),
+        ({"bias": False, "qkv_bias": True}, "qkv_bias=False as well"),
         ({"width": 3}, "width"),
     ],
 )

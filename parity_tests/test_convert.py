@@ -9,10 +9,10 @@ from flaxgpt.convert.params import from_torch, to_torch
 from torch_ref.model import GPTModel
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("biases", [{"bias": False}, {}, {"qkv_bias": True}], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_round_trip_is_exact_and_loads_strictly(bias, tied):
-    cfg = SMALL.replace(qkv_bias=bias, tie_embeddings=tied)
+def test_a_round_trip_is_exact_and_loads_strictly(biases, tied):
+    cfg = SMALL.replace(tie_embeddings=tied, **biases)
     model, params = random_pair(cfg)
     state_dict = to_torch(params, cfg)
     original = model.state_dict()

@@ -34,7 +34,9 @@ def random_config(seed: int) -> TrainConfig:
         n_heads=n_heads,
         n_layers=int(rng.integers(1, 4)),
         drop_rate=float(rng.uniform(0.05, 0.4)),
-        qkv_bias=bool(rng.integers(2)),
+        qkv_bias=bool(rng.integers(2)) and bool(seed % 3),
+        bias=bool(seed % 3),
+        activation="gelu_tanh" if seed % 2 else "gelu",
         tie_embeddings=bool(seed % 2),
         remat=str(rng.choice(["none", "dots", "block"])),
     )

@@ -68,8 +68,9 @@ def test_a_file_of_the_reference_has_its_twin_at_the_same_path():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_tables_of_parameters_name_those_that_the_model_has(tied):
-    cfg = SMALL.replace(tie_embeddings=tied, qkv_bias=not tied)
+@pytest.mark.parametrize("biases", [{"bias": False}, {}, {"qkv_bias": True}], ids=str)
+def test_the_tables_of_parameters_name_those_that_the_model_has(tied, biases):
+    cfg = SMALL.replace(tie_embeddings=tied, **biases)
     shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     made = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(shapes)}
     assert made == {row.path for row in PARAMETERS if row.exists(cfg)}

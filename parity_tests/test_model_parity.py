@@ -32,15 +32,17 @@ LOGITS_BOUND, LOSS_BOUND = 2e-6, 3e-6
 
 @st.composite
 def configs(draw: st.DrawFn) -> GPTConfig:
-    n_heads = draw(st.integers(1, 4))
+    n_heads, bias = draw(st.integers(1, 4)), draw(st.booleans())
     return GPTConfig(
         vocab_size=draw(st.integers(2, 80)),
         context_length=draw(st.integers(1, 20)),
-        emb_dim=n_heads * draw(st.integers(1, 12)),
+        emb_dim=n_heads * draw(st.integers(1 if bias else 2, 12)),  # without shifts, what is one wide is 0 after a norm
         n_heads=n_heads,
         n_layers=draw(st.integers(1, 3)),
         drop_rate=0.0,
-        qkv_bias=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()) if bias else False,
+        bias=bias,
+        activation=draw(st.sampled_from(["gelu_tanh", "gelu"])),
         tie_embeddings=draw(st.booleans()),
     )
 

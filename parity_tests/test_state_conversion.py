@@ -21,7 +21,9 @@ CONFIG = TrainConfig(model=SMALL, batch_size=4, warmup_steps=2, max_steps=8)
 
 @pytest.fixture(scope="module", params=["all", "matrices"])
 def cfg(request):
-    return CONFIG.replace(decay=request.param)
+    """With biases, and without any."""
+    model = SMALL if request.param == "all" else SMALL.replace(bias=False, activation="gelu")
+    return CONFIG.replace(decay=request.param, model=model)
 
 
 def batch(step):

@@ -46,7 +46,8 @@ class ReportArgs:
     checkpoint: Path | None = None
     """A run folder, of either trainer."""
     init_from: str | None = None
-    """A Hugging Face folder, an id on its hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 or any other), or a run folder."""
+    """A Hugging Face folder, an id on its hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 or any other), nanoGPT's ckpt.pt, a
+    state_dict of the reference (.pth, .safetensors) that says what it is, or a run folder."""
     state_dict: Path | None = None
     """Weights of the reference: safetensors, or torch.save of a state_dict (or of one with its optimizer's, as model_state_dict
     and optimizer_state_dict: then rung 5 also starts from those moments)."""

@@ -7,6 +7,7 @@ Examples:
   sample.py --checkpoint runs/tiny --prompts many.txt --json             # a prompt on each line, all in one batch
   sample.py --checkpoint runs/tiny --interactive --top-p 0.9 --stop . "?"
   sample.py --init-from gpt2-xl --prompt "The value of"                  # Hugging Face's hub (the extra hf), or a folder of its format
+  sample.py --init-from out/ckpt.pt --prompt "The value of"              # nanoGPT's (its meta.pkl beside it, if it has one)
 
 Text goes to standard output; the seed, which repeats it, and the speed to standard error.
 """
@@ -41,8 +42,8 @@ class SampleArgs:
     checkpoint: Path | None = None
     """A run folder."""
     init_from: str | None = None
-    """In place of it: a Hugging Face folder, an id on its hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 or any other), or a
-    run folder."""
+    """In place of it: a Hugging Face folder, an id on its hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2 or any other),
+    nanoGPT's ckpt.pt, a state_dict of the reference (.pth, .safetensors), or a run folder."""
     prompt: str | None = None
     """Text to continue, FILE:path for the text of a file, or - for standard input; None: the prompt of the run's own samples; with
     --init-from, what separates texts (GPT-2's end of a text)."""
@@ -96,10 +97,12 @@ def main() -> None:
 
     if args.init_from is not None:
         params, model, tokenizer = load(args.init_from)
+        if tokenizer is None:
+            raise InputError(f"it is not known what the tokens of {args.init_from} mean: see convert_checkpoint.py --meta")
         default_prompt = tokenizer.separator
     else:
         params, cfg, tokenizer = load_run(args.checkpoint)
-        model, default_prompt = cfg.model, cfg.prompt or ""
+        model, default_prompt = cfg.model, cfg.prompt or tokenizer.separator
     params = unstack(params, model)
     options = {"sampling": args.sampling, "stop": args.stop, "eos_id": args.eos_id}
 

@@ -17,16 +17,16 @@ def main() -> None:
     """Parse the flags, load the data, train, say how to go on."""
     args = parse_train(__doc__)
 
-    from flaxgpt.checkpoint import load
-    from flaxgpt.convert.params import crop_context, fit_vocab
+    from flaxgpt.checkpoint import load_params
+    from flaxgpt.convert.params import cropped
     from flaxgpt.run.log import RunLog
     from flaxgpt.run.setup import prepare
     from flaxgpt.train import train
 
     cfg, corpus = prepare(args.config, args.out_dir, resume=args.resume, overwrite=args.overwrite)
     params = None
-    if args.init_from and not args.resume:
-        params = fit_vocab(crop_context(load(args.init_from).params, cfg.model.context_length), cfg.model.padded_vocab)
+    if args.source:
+        params = cropped(load_params(args.source) if args.source.params is None else args.source.params, cfg.model)
     with RunLog(args.out_dir) as log:
         train(cfg, corpus, log, resume=args.resume, params=params)
         log.summary(sample_command(args.out_dir))

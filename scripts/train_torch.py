@@ -44,12 +44,11 @@ def main() -> None:
 
     cfg, corpus = prepare(args.config, args.out_dir, overwrite=args.overwrite)
     weights = None
-    if args.init_from:
-        from flaxgpt.checkpoint import load
-        from flaxgpt.convert.params import crop_context, fit_vocab, to_torch
+    if args.source:
+        from flaxgpt.checkpoint import load_params
+        from flaxgpt.convert.params import cropped, to_torch
 
-        params = fit_vocab(crop_context(load(args.init_from).params, cfg.model.context_length), cfg.model.padded_vocab)
-        weights = to_torch(params, cfg.model)
+        weights = to_torch(cropped(load_params(args.source), cfg.model), cfg.model)
     with RunLog(args.out_dir) as log:
         train(cfg, corpus, log, weights=weights)
         log.summary(sample_command(args.out_dir))

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import sys
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from flaxgpt.config import GPTConfig
+from flaxgpt.convert.files import write_tensors
+from flaxgpt.convert.names import is_mask
+from flaxgpt.convert.params import to_torch
+from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.errors import InputError
+from flaxgpt.run.cli import one_line_errors
+from flaxgpt.run.source import open_source
 from torch_ref.model import GPTModel
 
 
@@ -23,6 +34,27 @@ def save_model(model: GPTModel, path: Path) -> None:
     scratch = path.with_name(f".{path.name}.writing")
     save_file(tensors, scratch)
     os.replace(scratch, path)
+
+
+class LoadedModel(NamedTuple):
+    """The twin of `flaxgpt.checkpoint.LoadedModel`, whose parameters are in the module."""
+
+    model: GPTModel
+    cfg: GPTConfig
+    tokenizer: Tokenizer | None
+
+
+def load(path_or_id: Path | str, *, n_heads: int | None = None, meta: Path | None = None) -> LoadedModel:
+    """A model in `eval()` mode, whatever it is: what `flaxgpt.load` takes, but run folders of train_jax.py.
+
+    Arguments and errors are those of `flaxgpt.checkpoint.load`.
+    """
+    source = open_source(path_or_id, n_heads=n_heads, meta=meta)
+    if source.params is None:
+        raise InputError(f"{path_or_id} is a run of train_jax.py, whose checkpoints JAX reads: convert_checkpoint.py --to torch first")
+    model = GPTModel(source.cfg).eval()
+    model.load_state_dict(to_tensors(to_torch(source.params, source.cfg)))
+    return LoadedModel(model, source.cfg, source.tokenizer)
 
 
 def load_state_dicts(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
@@ -38,17 +70,47 @@ def load_state_dicts(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any] 
     """
     if not path.is_file():
         raise InputError(f"{path} is not a file: expected a state_dict in safetensors or torch.save format")
+    if path.suffix != ".safetensors":
+        state_dict, _, optimizer = read_pickle(path)
+        return to_numpy(state_dict), to_numpy(optimizer)
     try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path} is not a state_dict that can be read safely ({reason})") from None
-    optimizer = None
-    if isinstance(loaded, dict) and "model_state_dict" in loaded:
-        loaded, optimizer = loaded["model_state_dict"], loaded.get("optimizer_state_dict")
+        return to_numpy(load_file(path)), None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a state_dict that can be read safely ({_short(error)})") from None
+
+
+def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Any]:
+    """What `torch.save` wrote: a model's state_dict, what else the file says about the model, and the optimizer's state_dict (None: none).
+
+    Args:
+        path: of a state_dict; of a dict with "model_state_dict", and perhaps "optimizer_state_dict" and (`write_pickle`'s) "config" and
+            "tokenizer"; or of nanoGPT's checkpoint, with "model" and "model_args". It is read with `weights_only`, mapped into memory.
+
+    Raises:
+        InputError: the file is damaged, holds something else, or anything but tensors and plain containers.
+    """
+    misnamed = path.suffix == ".safetensors"  # torch.load would believe the name; of an open file, it sees none
+    try:
+        with path.open("rb") as file:
+            mapped = zipfile.is_zipfile(path) and not misnamed
+            loaded = torch.load(file if misnamed else path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} is not a state_dict that can be read safely ({_short(error)})") from None
+    about, optimizer = {}, None
+    if isinstance(loaded, dict) and "model_args" in loaded and "model" in loaded:
+        about, loaded = {"model_args": loaded["model_args"]}, loaded["model"]
+    elif isinstance(loaded, dict) and "model_state_dict" in loaded:
+        about = {key: loaded[key] for key in ("config", "tokenizer") if key in loaded}
+        optimizer, loaded = loaded.get("optimizer_state_dict"), loaded["model_state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()):
         raise InputError(f"{path} holds no state_dict: expected names and tensors")
-    return to_numpy(loaded), to_numpy(optimizer)
+    return loaded, about, optimizer
+
+
+def write_pickle(path: Path, tensors: Mapping[str, np.ndarray], key: str, about: Mapping[str, Any]) -> None:
+    """`torch.save` of {key: the state_dict, **about}; an array that has several names is saved once."""
+    once = {id(array): torch.from_numpy(array) for array in tensors.values()}
+    torch.save({key: {name: once[id(array)] for name, array in tensors.items()}, **about}, path)
 
 
 def to_numpy(tree: Any) -> Any:
@@ -68,3 +130,24 @@ def to_tensors(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: to_tensors(value) for key, value in tree.items()}
     return [to_tensors(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _short(error: object) -> str:
+    return " ".join(str(error).split())[:120]
+
+
+@one_line_errors
+def main() -> None:
+    """`python -m torch_ref.checkpoint SOURCE TARGET`: a model's tensors in a pickle as safetensors (see `flaxgpt.convert.files`)."""
+    source, target = map(Path, sys.argv[1:])
+    state_dict, about, _ = read_pickle(source)
+    tensors = {name: tensor for name, tensor in state_dict.items() if not is_mask(name)}
+    try:
+        json.dumps(about)
+    except (TypeError, ValueError):
+        raise InputError(f"{source} describes its model by what is no plain value: {_short(about)}") from None
+    write_tensors(target, to_numpy(tensors), about)
+
+
+if __name__ == "__main__":
+    main()

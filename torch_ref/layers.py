@@ -1,4 +1,4 @@
-"""What GPT-2 is built from: norm, GELU, how parameters are drawn. `flaxgpt/layers.py` is the functional twin."""
+"""What GPT-2 is built from: norm, GELU by tanh, how parameters are drawn. `flaxgpt/layers.py` is the functional twin."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import nn
 
 
 class LayerNorm(nn.Module):
-    """Zero mean and unit (biased) variance over the last axis, eps 1e-5."""
+    """Zero mean and unit (biased) variance over the last axis, eps 1e-5; then scaled and, on request, shifted."""
 
-    def __init__(self, emb_dim: int) -> None:
+    def __init__(self, emb_dim: int, use_shift: bool = True) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(emb_dim))
-        self.shift = nn.Parameter(torch.zeros(emb_dim))
+        self.shift = nn.Parameter(torch.zeros(emb_dim)) if use_shift else 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean = x.mean(dim=-1, keepdim=True)
@@ -22,8 +22,8 @@ class LayerNorm(nn.Module):
         return self.scale * ((x - mean) / torch.sqrt(variance + 1e-5)) + self.shift
 
 
-class GELU(nn.Module):
-    """The tanh approximation (Hendrycks & Gimpel 2016), as GPT-2 was trained."""
+class TanhGELU(nn.Module):
+    """The tanh approximation of GELU (Hendrycks & Gimpel 2016), as GPT-2 was trained."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -5,8 +5,8 @@
 B batch, T query position, S key position, D emb_dim, N heads, H head size, F feed-forward width, V vocabulary.
 
 Architecture: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-norm blocks, learned
-positions, tanh GELU. The modules are created in the order that reproduces published outputs after
-`torch.manual_seed(123)`, so their order here is part of the interface.
+positions, tanh GELU (or, on request, the exact one, and no biases: nanoGPT's variants). The modules are created in
+the order that reproduces published outputs after `torch.manual_seed(123)`, so their order here is part of the interface.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from flaxgpt.config import GPTConfig
-from torch_ref.layers import GELU, LayerNorm, init_gpt2_
+from torch_ref.layers import LayerNorm, TanhGELU, init_gpt2_
 
 
 def init_model(cfg: GPTConfig) -> GPTModel:
@@ -48,7 +48,7 @@ class GPTModel(nn.Module):
         self.pos_emb = nn.Embedding(cfg.context_length, cfg.emb_dim)
         self.drop_emb = nn.Dropout(cfg.drop_rate)
         self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg.n_layers)])
-        self.final_norm = LayerNorm(cfg.emb_dim)
+        self.final_norm = LayerNorm(cfg.emb_dim, cfg.bias)
         self.out_head = nn.Linear(cfg.emb_dim, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.out_head.weight = self.tok_emb.weight
@@ -85,7 +85,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, cfg: GPTConfig) -> None:
         super().__init__()
         self.att, self.ff = MultiHeadAttention(cfg), FeedForward(cfg)
-        self.norm1, self.norm2 = LayerNorm(cfg.emb_dim), LayerNorm(cfg.emb_dim)
+        self.norm1, self.norm2 = LayerNorm(cfg.emb_dim, cfg.bias), LayerNorm(cfg.emb_dim, cfg.bias)
         self.drop_shortcut1, self.drop_shortcut2 = nn.Dropout(cfg.drop_rate), nn.Dropout(cfg.drop_rate)
         self.shortcut1 = nn.Identity()  # a place for hooks on what is otherwise no module's output
 
@@ -107,7 +107,7 @@ class MultiHeadAttention(nn.Module):
         self.W_query = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
         self.W_key = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
         self.W_value = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.qkv_bias)
-        self.out_proj = nn.Linear(cfg.emb_dim, cfg.emb_dim)
+        self.out_proj = nn.Linear(cfg.emb_dim, cfg.emb_dim, bias=cfg.bias)
         self.dropout = nn.Dropout(cfg.drop_rate)
         # 1 where position T must not look at position S. Checkpoints in the wild hold it; those without load as well.
         self.register_buffer("mask", torch.triu(torch.ones(cfg.context_length, cfg.context_length), diagonal=1))
@@ -133,11 +133,13 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """D -> 4 D -> D with GELU between."""
+    """D -> 4 D -> D with GELU between, the tanh approximation (Hendrycks & Gimpel 2016) or the exact one."""
 
     def __init__(self, cfg: GPTConfig) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(cfg.emb_dim, 4 * cfg.emb_dim), GELU(), nn.Linear(4 * cfg.emb_dim, cfg.emb_dim))
+        D, F = cfg.emb_dim, 4 * cfg.emb_dim
+        activation = TanhGELU() if cfg.activation == "gelu_tanh" else nn.GELU()
+        self.layers = nn.Sequential(nn.Linear(D, F, bias=cfg.bias), activation, nn.Linear(F, D, bias=cfg.bias))
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.layers(x_BTD)

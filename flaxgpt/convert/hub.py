@@ -1,4 +1,4 @@
-"""Where a model is: a folder of this machine, or a model of the Hugging Face hub, downloaded once. Imports no framework."""
+"""Where a model is: a file or folder of this machine, or a model of the Hugging Face hub, downloaded once. Imports no framework."""
 
 from __future__ import annotations
 
@@ -20,27 +20,25 @@ _FILES = [CONFIG, "model.safetensors", "model-*.safetensors", INDEX, "tokenizer.
 """What is downloaded of a model. No pickles."""
 
 
-def find_folder(path_or_id: Path | str) -> Path:
-    """The folder with a model's files.
+def find_model(path_or_id: Path | str) -> Path:
+    """The file or the folder that a model is in.
 
     Args:
-        path_or_id: a folder; or, if there is none of this name, an id on the hub or its short name. A model of the hub is kept in
+        path_or_id: a file or folder; or, if there is none of this name, an id on the hub or its short name. A model of the hub is kept in
             the hub's cache (HF_HOME, HF_HUB_CACHE), and with HF_HUB_OFFLINE=1 only looked for there.
 
     Raises:
-        InputError: it is a file, or nothing is found under this name.
+        InputError: nothing is found under this name.
     """
-    folder = Path(path_or_id)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise InputError(f"{folder} is a file: give the folder of a model, with its config.json (pickles are not read)")
+    path = Path(path_or_id)
+    if path.exists():
+        return path
     name = SHORT.get(str(path_or_id), str(path_or_id))
     try:
         from huggingface_hub import constants, errors, snapshot_download
     except ModuleNotFoundError:
         raise InputError(
-            f"there is no folder {folder}, and to look for {name} on the hub needs huggingface_hub: "
+            f"there is no file or folder {path}, and to look for {name} on the hub needs huggingface_hub: "
             'pip install -e ".[hf]" (or "flaxgpt[hf]")'
         ) from None
     try:
@@ -54,4 +52,4 @@ def find_folder(path_or_id: Path | str) -> Path:
         reason = f"{name} is not in the hub's cache, and {why}"
     except (OSError, ValueError, errors.EntryNotFoundError) as error:
         reason = f"and {name} can't be had from the hub ({error})"
-    raise InputError(f"there is no folder {folder}, {reason}")
+    raise InputError(f"there is no file or folder {path}, {reason}")

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from flaxgpt.config import TrainConfig
-from flaxgpt.convert.params import check_finite, parameter_shapes, shape_faults
+from flaxgpt.convert.layout import shape_faults
+from flaxgpt.convert.params import check_finite, parameter_shapes
 from flaxgpt.errors import InputError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

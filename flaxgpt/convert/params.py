@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +10,13 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.convert.names import VOCAB_AXES, Row, module_name, module_path, parameters, sizes
+from flaxgpt.convert.layout import StateDict, Written, equal, insert, leaves, open_params, read_whole, tensor_shapes
+from flaxgpt.convert.names import REFERENCE, VOCAB_AXES, module_name, module_path
 from flaxgpt.errors import InputError
-from flaxgpt.types import Params
-
-StateDict = dict[str, np.ndarray]
+from flaxgpt.types import Indexable, Params
 
 
-def from_torch(state_dict: Mapping[str, ArrayLike], cfg: GPTConfig, dtype: DTypeLike = np.float32) -> Params:
+def from_torch(state_dict: Mapping[str, Indexable], cfg: GPTConfig, dtype: DTypeLike = np.float32) -> Params:
     """The parameters of `flaxgpt.model.GPT` from a state_dict of `torch_ref.model.GPTModel`.
 
     Args:
@@ -33,21 +31,7 @@ def from_torch(state_dict: Mapping[str, ArrayLike], cfg: GPTConfig, dtype: DType
     Raises:
         InputError: naming every key that is missing, unknown or of the wrong shape.
     """
-    masks = {f"trf_blocks.{i}.att.mask" for i in range(cfg.n_layers)}
-    arrays = {key: np.asarray(value) for key, value in state_dict.items() if key not in masks}
-    tied_head = arrays.pop("out_head.weight", None) if cfg.tie_embeddings else None
-    faults = shape_faults({key: array.shape for key, array in arrays.items()}, parameter_shapes(cfg))
-    if tied_head is not None and not np.array_equal(tied_head, arrays.get("tok_emb.weight")):
-        faults.append("out_head.weight differs from tok_emb.weight, but tie_embeddings is set")
-    if faults:
-        raise InputError("the state_dict does not fit the config: " + "; ".join(faults))
-
-    params: dict[str, Any] = {}
-    for row in parameters(cfg):
-        layers = [np.asarray(arrays[key], dtype) for key in row.keys(cfg)]
-        layers = [array if row.axes == row.torch_axes else array.T for array in layers]
-        insert(params, row.path, np.stack(layers) if row.stacked else layers[0].copy())
-    return fit_vocab(params, cfg.padded_vocab)
+    return read_whole(open_params(state_dict, cfg, REFERENCE, dtype))
 
 
 def to_torch(params: Params, cfg: GPTConfig, dtype: DTypeLike = np.float32) -> StateDict:
@@ -69,44 +53,24 @@ def named_parameters(params: Params, cfg: GPTConfig, dtype: DTypeLike = np.float
     Raises:
         InputError: as `to_torch`.
     """
-    named: StateDict = {}
-    for row, layers in by_row(params, cfg, dtype):
-        for key, array in zip(row.keys(cfg), layers, strict=True):
-            named[key] = np.ascontiguousarray(array if row.axes == row.torch_axes else array.T)
-    return {name: named[name] for name in parameter_shapes(cfg)}
+    return dict(Written(params, cfg, REFERENCE, dtype))
 
 
-def by_row(params: Params, cfg: GPTConfig, dtype: DTypeLike = np.float32) -> list[tuple[Row, np.ndarray]]:
-    """Each parameter's row of the table, and its array with the layers along the first axis (one, if it is none of a block's).
-
-    What pads the vocabulary is left out.
-
-    Raises:
-        InputError: as `to_torch`.
-    """
-    size, rows = {**sizes(cfg), "V": cfg.padded_vocab}, parameters(cfg)
-    arrays = {path: np.asarray(value, dtype) for path, value in _leaves(params).items()}
-    expected = {row.path: (cfg.n_layers,) * row.stacked + tuple(size[axis] for axis in row.axes) for row in rows}
-    if faults := shape_faults({path: array.shape for path, array in arrays.items()}, expected):
-        raise InputError("the parameters do not fit the config: " + "; ".join(faults))
-    arrays |= {path: _fit_axis(arrays[path], axis, cfg.vocab_size) for path, axis in VOCAB_AXES.items() if path in arrays}
-    return [(row, arrays[row.path] if row.stacked else arrays[row.path][None]) for row in rows]
-
-
-def crop_context(params: Params, context_length: int) -> dict[str, Any]:
-    """The parameters of the same model with a shorter context: the embeddings of its first positions."""
-    return {**params, "pos_emb": {"embedding": params["pos_emb"]["embedding"][:context_length]}}
+def cropped(params: Params, cfg: GPTConfig) -> dict[str, Any]:
+    """The parameters of the same model with a shorter context and a smaller vocabulary (its first positions and tokens), padded anew."""
+    params = {**params, "pos_emb": {"embedding": params["pos_emb"]["embedding"][: cfg.context_length]}}
+    return fit_vocab(fit_vocab(params, cfg.vocab_size), cfg.padded_vocab)
 
 
 def fit_vocab(params: Params, size: int) -> dict[str, Any]:
     """The parameters (or moments) of the same model with the vocabulary padded to this size, by zeros."""
     fitted: dict[str, Any] = {}
-    for path, value in _leaves(params).items():
+    for path, value in leaves(params).items():
         insert(fitted, path, _fit_axis(value, VOCAB_AXES[path], size) if path in VOCAB_AXES else value)
     return fitted
 
 
-def _fit_axis(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+def _fit_axis(array: Indexable, axis: int, size: int) -> Indexable:
     """Cut off, or filled up with zeros, to this size."""
     if array.shape[axis] < size:
         return np.pad(array, [(0, size - n if i == axis else 0) for i, n in enumerate(array.shape)])
@@ -115,15 +79,10 @@ def _fit_axis(array: np.ndarray, axis: int, size: int) -> np.ndarray:
 
 def parameter_shapes(cfg: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of each parameter of `GPTModel(cfg)`, in the order in which the module holds them."""
-    size, shapes = sizes(cfg), {}
-    for stacked, rows in itertools.groupby(parameters(cfg), key=lambda row: row.stacked):
-        of_one_layer = {row.torch: tuple(size[axis] for axis in row.torch_axes) for row in rows}
-        for i in range(cfg.n_layers if stacked else 1):
-            shapes |= {key.format(i): shape for key, shape in of_one_layer.items()}
-    return shapes
+    return tensor_shapes(cfg, REFERENCE)
 
 
-def infer_config(state_dict: Mapping[str, ArrayLike], n_heads: int | None = None) -> GPTConfig:
+def infer_config(state_dict: Mapping[str, Indexable], n_heads: int | None = None) -> GPTConfig:
     """The config that a state_dict's names and shapes imply, without dropout.
 
     Args:
@@ -152,14 +111,15 @@ def infer_config(state_dict: Mapping[str, ArrayLike], n_heads: int | None = None
         n_layers=max(layers, default=0) + 1,
         drop_rate=0.0,
         qkv_bias="trf_blocks.0.att.W_query.bias" in shapes,
-        tie_embeddings=head is None or np.array_equal(head, state_dict["tok_emb.weight"]),
+        bias="final_norm.shift" in shapes,
+        tie_embeddings=head is None or equal(head, state_dict["tok_emb.weight"]),
     )
 
 
 def per_layer(tree: Params, cfg: GPTConfig) -> StateDict:
     """A collection of the model (activations, dropout masks) by the reference's names: the L axis of the blocks is taken apart."""
     named: StateDict = {}
-    for path, value in _leaves(tree).items():
+    for path, value in leaves(tree).items():
         if path.startswith("trf_blocks/"):
             named |= {module_name(path, i): np.asarray(value[i]) for i in range(cfg.n_layers)}
         else:
@@ -176,18 +136,6 @@ def stacked(named: Mapping[str, ArrayLike], cfg: GPTConfig) -> Params:
     return tree
 
 
-def shape_faults(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What keeps these named shapes from being the expected ones, a phrase for each kind of fault."""
-    faults = []
-    if missing := [name for name in expected if name not in found]:
-        faults.append(f"missing: {', '.join(missing)}")
-    if unknown := [name for name in found if name not in expected]:
-        faults.append(f"unknown: {', '.join(unknown)}")
-    if misshapen := [f"{n} is {found[n]}, expected {expected[n]}" for n in expected if n in found and found[n] != expected[n]]:
-        faults.append(f"wrong shape: {', '.join(misshapen)}")
-    return faults
-
-
 def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
     """Refuse arrays with nan or inf.
 
@@ -200,18 +148,3 @@ def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
         place = tuple(int(i) for i in np.argwhere(where)[0])
         value = arrays[name][place]
         raise InputError(f"{what} are not finite: {len(bad)} of {len(arrays)} tensors, the first {name} with {value} at {list(place)}")
-
-
-def insert(tree: dict[str, Any], path: str, value: np.ndarray) -> None:
-    """Put an array into a nested dict, at a path of the table."""
-    *parents, name = path.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[name] = value
-
-
-def _leaves(tree: Params, prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= _leaves(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
-    return leaves

@@ -53,14 +53,15 @@ def complete_text(
 ) -> list[Text]:
     """Continue each prompt, all in one batch; `num_samples` continuations of one prompt are next to each other.
 
-    The tokenizer is the one that the model was trained with; prompts are of any lengths, none of them empty; the text ends
-    before the first of the `stop` strings. The other arguments are those of `flaxgpt.generation.generate.complete`.
+    The tokenizer is the one that the model was trained with; of a padded vocabulary, tokens that it has not are never chosen.
+    Prompts are of any lengths, none of them empty; the text ends before the first of the `stop` strings. The other arguments are
+    those of `flaxgpt.generation.generate.complete`.
 
     Raises:
         InputError: as `complete`, and for an empty stop string.
     """
     options = {"key": key, "eos_id": eos_id, "num_samples": num_samples, "top_log_probs": top_log_probs, "functions": functions}
-    request = Request.of(params, cfg, _encode(tokenizer, prompts, stop), max_new_tokens, sampling, **options)
+    request = Request.of(params, cfg, _encode(tokenizer, prompts, stop), max_new_tokens, _within(tokenizer, cfg, sampling), **options)
     readers = [Reader(tokenizer, stop, eos_id) for _ in request.prompts]
     texts = [""] * len(readers)
     for done in _progress(request, readers, every=_CHUNK if stop else max_new_tokens):
@@ -92,7 +93,7 @@ def stream(
         InputError: as `complete_text`, and for more than one sample.
     """
     options = {"key": key, "eos_id": eos_id, "num_samples": num_samples, "top_log_probs": top_log_probs, "functions": functions}
-    request = Request.of(params, cfg, _encode(tokenizer, [prompt], stop), max_new_tokens, sampling, **options)
+    request = Request.of(params, cfg, _encode(tokenizer, [prompt], stop), max_new_tokens, _within(tokenizer, cfg, sampling), **options)
     if num_samples > 1:
         raise InputError(f"num_samples={num_samples}: one text can be streamed at a time")
     return _stream(request, Reader(tokenizer, stop, eos_id), prompt)
@@ -133,6 +134,11 @@ class Reader:
         certain = len(text) - max(beginnings, default=0)
         self._held = text[certain:]
         return text[:certain]
+
+
+def _within(tokenizer: Tokenizer, cfg: GPTConfig, sampling: SamplingConfig) -> SamplingConfig:
+    """The same settings, with the tokens banned that the model's vocabulary is padded with."""
+    return sampling.replace(banned=(*sampling.banned, *range(tokenizer.vocab_size, cfg.vocab_size)))
 
 
 def _encode(tokenizer: Tokenizer, prompts: Sequence[str], stop: Sequence[str]) -> list[list[int]]:

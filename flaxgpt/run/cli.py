@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from flaxgpt.config import TrainConfig
+from flaxgpt.convert.nanogpt import MODEL_ARGS
 from flaxgpt.errors import InputError
 from flaxgpt.run.folder import load_config
 
@@ -34,9 +37,12 @@ class TrainArgs:
     overwrite: bool = False
     """Delete the run in out_dir first."""
     init_from: str | None = None
-    """Fine-tune this model: a run folder, a Hugging Face folder, or an id on its hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    distilgpt2 or any other). It brings its architecture; the context can be shorter. A run that is resumed does not need it."""
+    """Fine-tune this model: a run folder, a Hugging Face folder, an id on its hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    distilgpt2 or any other), nanoGPT's ckpt.pt, or a state_dict of the reference (.pth, .safetensors). It brings its
+    architecture; the context can be shorter. A run that is resumed does not need it."""
     config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+    source: tyro.conf.Suppress[Any] = None
+    """That model, opened."""
 
 
 def parse_train(description: str, args: list[str] | None = None, *, preset: str = "tiny", folder: str = "") -> TrainArgs:
@@ -48,10 +54,11 @@ def parse_train(description: str, args: list[str] | None = None, *, preset: str 
     Without these flags, the preset is `preset`, and the run folder `folder` and the preset's name, in runs/.
 
     Raises:
-        InputError: an unknown preset, a run folder that can't be resumed, or a model that the run can't start from.
+        InputError: an unknown preset, a run folder that can't be resumed, a model that the run can't start from, or flags of nanoGPT.
         SystemExit: with code 2, an unknown flag or a value that does not fit, which tyro has explained; with 0, after --help.
     """
     args = sys.argv[1:] if args is None else args
+    _refuse_flags_of_nanogpt(args)
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--preset", default=preset)
     peek.add_argument("--out-dir", "--out_dir", type=Path)
@@ -72,7 +79,43 @@ def parse_train(description: str, args: list[str] | None = None, *, preset: str 
     parsed = tyro.cli(TrainArgs, args=args, default=default, description=description)
     if source:
         check_start(source, parsed.config)
-    return parsed
+    return dataclasses.replace(parsed, source=source)
+
+
+_FLAGS_OF_NANOGPT = {
+    **{theirs: f"--{ours.replace('_', '-')}" for theirs, ours in MODEL_ARGS.items() if theirs != ours},
+    "bias=": "--bias or --no-bias, and --qkv-bias or --no-qkv-bias",
+    "dataset": "--data",
+    "max_iters": "--max-steps",
+    "lr_decay_iters": "--decay-steps",
+    "warmup_iters": "--warmup-steps",
+    "min_lr": "--min-learning-rate",
+    "decay_lr": "--min-learning-rate None for a constant rate",
+    "grad_clip": "--clip-norm",
+    "gradient_accumulation_steps": "--grad-accum-steps; --batch-size is that of a whole update",
+    "eval_interval": "--eval-every",
+    "eval_iters": "--eval-batches",
+    "log_interval": "--log-every",
+    "always_save_checkpoint": "--checkpoint-every",
+    "compile": "leave it out: all is compiled",
+    "device": "leave it out: JAX takes what there is, or what JAX_PLATFORMS says",
+    "backend": "leave it out: JAX needs none",
+    "eval_only": "leave it out: the first update is always evaluated",
+    "wandb_log": "leave it out: metrics.jsonl has all figures",
+    "wandb_project": "leave it out",
+    "wandb_run_name": "leave it out",
+}
+"""nanoGPT's name of a flag -> ours. Those that both have by the same name are not here."""
+
+
+def _refuse_flags_of_nanogpt(args: Sequence[str]) -> None:
+    """InputError for nanoGPT's flags, with ours."""
+    names = [arg.split("=")[0].removeprefix("--").replace("-", "_") + "=" * ("bias=" in arg) for arg in args if arg.startswith("--")]
+    if theirs := [name for name in dict.fromkeys(names) if name in _FLAGS_OF_NANOGPT]:
+        ours = "; ".join(f"--{name.rstrip('=')} -> {_FLAGS_OF_NANOGPT[name]}" for name in theirs)
+        raise InputError(f"these are nanoGPT's flags; here they are: {ours}")
+    if args and args[0].endswith(".py"):
+        raise InputError(f"{args[0]}: a config is not a file here, as nanoGPT's are, but flags on top of a --preset")
 
 
 @dataclass(frozen=True)

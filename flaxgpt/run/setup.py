@@ -12,7 +12,7 @@ from flaxgpt.data.corpora import Corpus, load_corpus
 from flaxgpt.data.tokenizer import load_tokenizer
 from flaxgpt.data.windows import split_windows
 from flaxgpt.errors import InputError
-from flaxgpt.run.folder import DATA, TOKENIZER, load_config, read_text
+from flaxgpt.run.folder import CHECKPOINTS, DATA, TOKENIZER, TORCH_WEIGHTS, load_config, read_text
 
 CHANGEABLE = (
     "max_steps",
@@ -82,6 +82,8 @@ def check_out_dir(out_dir: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError(f"{parent} is not writable: choose another --out-dir")
     if resume:
         load_config(out_dir)
+        if (out_dir / CHECKPOINTS / TORCH_WEIGHTS).is_file():
+            raise InputError(f"{out_dir} has weights, but no state of an optimizer: start another run with --init-from {out_dir}")
     elif out_dir.is_dir() and any(out_dir.iterdir()):
         if not overwrite:
             raise InputError(f"{out_dir} exists: pass --resume to go on with it, --overwrite to delete it, or another --out-dir")

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.convert.huggingface import HEAD, PREFIX, config_to_huggingface, from_huggingface, tensor_shapes, to_huggingface
-from flaxgpt.convert.names import parameters
+from flaxgpt.convert.huggingface import config_to_huggingface, from_huggingface, to_huggingface
+from flaxgpt.convert.layout import tensor_shapes
+from flaxgpt.convert.names import HUGGINGFACE, parameters
 from flaxgpt.convert.params import from_torch, named_parameters
 from flaxgpt.parity.side import Noise, Tensors
 from flaxgpt.parity.sites import sites
@@ -26,7 +27,7 @@ class HuggingFaceSide(TorchSide):
     """`GPT2LMHeadModel` as a side of the ladder.
 
     Query, key and value are one tensor in it: taken apart by the tables of sites and of names. What a config of ours lacks
-    (biases on query, key and value) is zero in it, and frozen. The loss is that of the reference, from its logits: its own
+    (biases, where the config has none) is zero in it, and frozen. The loss is that of the reference, from its logits: its own
     rounds them to float32.
     """
 
@@ -77,8 +78,8 @@ class HuggingFaceSide(TorchSide):
 
     def named(self, own: Tensors, cfg: GPTConfig) -> Tensors:
         """By the table of names, without what is frozen."""
-        dtype = own[f"{PREFIX}wte.weight"].dtype
-        frozen = {name: np.zeros(shape, dtype) for name, shape in tensor_shapes(cfg).items() if name not in own}
+        dtype = own["transformer.wte.weight"].dtype
+        frozen = {name: np.zeros(shape, dtype) for name, shape in tensor_shapes(cfg, HUGGINGFACE).items() if name not in own}
         return named_parameters(from_huggingface(own | frozen, cfg, dtype), cfg, dtype)
 
 
@@ -89,11 +90,11 @@ def _load(cfg: GPTConfig, weights: Tensors, dtype: torch.dtype) -> GPT2LMHeadMod
     with torch.random.fork_rng():
         model = GPT2LMHeadModel(config).to(dtype)
     state_dict = _state_dict(weights, cfg)
-    tied = {HEAD: state_dict[f"{PREFIX}wte.weight"]} if cfg.tie_embeddings else {}
+    tied = {"lm_head.weight": state_dict["transformer.wte.weight"]} if cfg.tie_embeddings else {}
     model.load_state_dict({name: torch.from_numpy(value) for name, value in {**state_dict, **tied}.items()})
-    ours = {key for row in parameters(cfg) for key in row.huggingface_keys(cfg)}
+    ours = {name for row in parameters(cfg) for name in HUGGINGFACE.names(row, cfg)}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.removeprefix(PREFIX) in ours)
+        parameter.requires_grad_(name in ours)
     return model
 
 
