@@ -295,6 +295,8 @@ def test_a_place_is_told_by_how_often_its_loops_turn(loops, steps, where, target
         ("all-gather", [("s32", (2, 16))], "tokens"),
         ("all-reduce", [("f32", ())], "numbers"),
         ("collective-permute", [("bf16", (4, 128))], "weights or gradients"),
+        ("collective-permute", [("bf16", (97, 3))], "weights or gradients"),  # the edge of a part
+        ("collective-permute", [("bf16", (3, 16, 32))], "activations"),
         ("all-gather", [("bf16", (100, 4))], "weights"),  # of the padded vocabulary
     ],
 )

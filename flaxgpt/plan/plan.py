@@ -307,6 +307,10 @@ def what_moves(collective: Collective, cfg: TrainConfig, mesh: Mesh, sizes: set[
     An array of another size is tokens if it holds integers or booleans, numbers if it has fewer than one element for each token on a
     device, and activations otherwise.
     """
+    if collective.kind == "collective-permute" and all(
+        math.prod(dims) in sizes or _is_strip(dims, cfg, mesh) for _, dims in collective.arrays
+    ):
+        return "weights or gradients"
     arrays = [(dtype, size) for (dtype, _), size in zip(collective.arrays, collective.gathered, strict=True)]
     other = [(dtype, size) for dtype, size in arrays if "f" not in dtype or size not in sizes]  # all floating dtypes have an f, no other
     large = [dtype for dtype, size in other if size >= rows_at_once(cfg, mesh) * cfg.model.context_length]
@@ -314,20 +318,32 @@ def what_moves(collective: Collective, cfg: TrainConfig, mesh: Mesh, sizes: set[
         return "activations" if any("f" in dtype for dtype in large) else "tokens"
     if len(other) == len(arrays):
         return "numbers"
-    if collective.kind == "collective-permute":
-        return "weights or gradients"
     return "gradients" if "reduce" in collective.kind else "weights"
 
 
 def weight_sizes(cfg: TrainConfig, mesh: Mesh) -> set[int]:
     """Elements of each parameter, of one layer of it, and of the parts of both that devices hold."""
-    params = abstract_state(cfg, make_optimizer(cfg)).params
-    whole = {leaf.size for leaf in jax.tree.leaves(params)} | {
-        leaf.size // cfg.model.n_layers for leaf in jax.tree.leaves(params["trf_blocks"])
-    }
     axes = tuple(mesh.shape.values())
     splits = {math.prod(some) for n in range(len(axes) + 1) for some in itertools.combinations(axes, n)}
-    return {size // n for size in whole for n in splits if size % n == 0}
+    return {size // n for size in map(math.prod, _weight_shapes(cfg)) for n in splits if size % n == 0}
+
+
+def _weight_shapes(cfg: TrainConfig) -> set[tuple[int, ...]]:
+    """Of each parameter, and of one layer of it."""
+    params = abstract_state(cfg, make_optimizer(cfg)).params
+    return {leaf.shape for leaf in jax.tree.leaves(params)} | {leaf.shape[1:] for leaf in jax.tree.leaves(params["trf_blocks"])}
+
+
+def _is_strip(dims: tuple[int, ...], cfg: TrainConfig, mesh: Mesh) -> bool:
+    """Whether an array is less than a device's part of a matrix of parameters, of its full width: a TPU scatters in parts of whole
+    tiles, of which it then hands the edges on.
+    """
+    held = Counter(n for n in dims if n > 1)
+    for shape in _weight_shapes(cfg):
+        shorter, longer = held - Counter(shape), Counter(shape) - held
+        if len(shape) == 2 and shorter.total() == longer.total() == 1 and min(shorter) < min(longer) // mesh.size:
+            return True
+    return False
 
 
 def bounds(cfg: TrainConfig, program: Program, chip: Chip, held_bytes: int) -> Seconds:
