@@ -187,9 +187,10 @@ class TrainConfig(_Config):
     """Devices that share one copy of the parameters and the rows of a batch (fully sharded data parallelism)."""
     tensor: int = 1
     """Devices that share the heads, the feed-forward units and the vocabulary. What fsdp x tensor leaves is data parallel."""
-    gather: Literal["layer", "update"] = "layer"
+    gather: Literal["auto", "layer", "update"] = "auto"
     """When weights that fsdp has split are gathered. layer: each layer's when it is its turn (least memory). update: all of them,
-    once an update (least traffic); moments and float32 weights stay split."""
+    once an update (least traffic); moments and float32 weights stay split. auto: the least traffic that fits in the devices' memory, found
+    by compiling when the run begins."""
     model: GPTConfig = field(default_factory=GPTConfig)
 
     def __post_init__(self) -> None:

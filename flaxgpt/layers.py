@@ -23,17 +23,21 @@ def dense(cfg: GPTConfig, path: str, features: int, *, use_bias: bool) -> nn.Den
 
 
 class Embedding(nn.Module):
-    """A table of `rows` vectors, initialised as the parameter at this path is: ids of any shape -> their vectors."""
+    """A table of `rows` vectors, initialised as the parameter at this path is: ids of any shape -> their vectors.
+
+    It is read laid out as `flaxgpt.sharding.ACTIVATIONS` says of `letters`.
+    """
 
     cfg: GPTConfig
     path_of_table: str
     rows: int
+    letters: str
 
     def setup(self) -> None:
         self.embedding = self.param("embedding", initialiser(self.cfg, f"{self.path_of_table}/embedding"), (self.rows, self.cfg.emb_dim))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return jnp.take(placed(self.embedding.astype(self.cfg.dtype), "VD"), ids, axis=0)
+        return jnp.take(placed(self.embedding.astype(self.cfg.dtype), self.letters), ids, axis=0)
 
 
 class OutHead(nn.Module):

@@ -14,7 +14,8 @@ def head_loss(x_BTD: jax.Array, kernel_DV: jax.Array, targets_BT: jax.Array, cfg
     """The loss of `next_token_loss`, from `flaxgpt.model.hidden` and `head_kernel`: all logits at once, or `cfg.loss_chunk` of each row."""
     B, T = targets_BT.shape
     chunk = choose_loss_chunk(cfg, B // ways("fsdp", B), T, current_platform())
-    if chunk < T or ways("tensor", cfg.padded_vocab) > 1:  # a vocabulary that is split must be summed over, not looked up in
+    # A vocabulary that is split must be summed over, not looked up in; and rows that are split leave a gradient to be scattered.
+    if chunk < T or ways("tensor", cfg.padded_vocab) > 1 or ways("fsdp", B) > 1:
         return chunked_loss(x_BTD, kernel_DV, targets_BT, cfg.vocab_size, chunk)
     return next_token_loss(placed(padded_logits(x_BTD, kernel_DV, cfg.vocab_size), "BTV"), targets_BT)
 

@@ -101,8 +101,8 @@ class GPT(nn.Module):
 
     def setup(self) -> None:
         cfg = self.cfg
-        self.tok_emb = Embedding(cfg, "tok_emb", cfg.padded_vocab)
-        self.pos_emb = Embedding(cfg, "pos_emb", cfg.context_length)
+        self.tok_emb = Embedding(cfg, "tok_emb", cfg.padded_vocab, "VD")
+        self.pos_emb = Embedding(cfg, "pos_emb", cfg.context_length, "TD")
         self.drop_emb = Dropout(cfg.drop_rate)
         self.trf_blocks = TransformerBlock(cfg)
         self.final_norm = LayerNorm(cfg.bias)

@@ -45,10 +45,11 @@ PARTITIONS: dict[str, P] = {
     "out_head/kernel":                 P("fsdp", "tensor"),
 }  # fmt: skip
 
-# By the letters of flaxgpt.config. Rows are those of one shard of the data axis (see `data_parallel`); VD and DV are the embedding and the
-# head when they are read.
+# By the letters of flaxgpt.config. Rows are those of one shard of the data axis (see `data_parallel`); VD, TD and DV are the two embeddings
+# and the head when they are read.
 ACTIVATIONS: dict[str, P] = {
     "VD":   P("tensor", None),
+    "TD":   P(None, None),
     "DV":   P(None, "tensor"),
     "BTD":  P("fsdp", None, None),
     "BTV":  P("fsdp", None, "tensor"),
@@ -81,10 +82,8 @@ def compute_mesh(mesh: Mesh, gather: Literal["layer", "update"]) -> Mesh:
     update: the devices of the fsdp axis join the data axis. Weights are then gathered once, before the first layer, and gradients scattered
     once, after the last microbatch: ZeRO-1.
     """
-    if gather == "layer":
-        return mesh
     _, _, tensor = mesh.devices.shape
-    return Mesh(mesh.devices.reshape(-1, 1, tensor), mesh.axis_names)
+    return {"layer": mesh, "update": Mesh(mesh.devices.reshape(-1, 1, tensor), mesh.axis_names)}[gather]
 
 
 def within(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

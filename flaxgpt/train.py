@@ -43,8 +43,8 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
         params: what to start from, if not from random parameters; arrays, or what is read where it is indexed.
 
     Raises:
-        InputError: the splits are too short for the config, the devices can't share its batches, no number of microbatches fits in memory
-            (where it is to be found), the attention that is asked for is impossible on these devices, there is nothing to resume from,
+        InputError: the splits are too short for the config, the devices can't share its batches, what is to be found (auto) does not fit in
+            memory, the attention that is asked for is impossible on these devices, there is nothing to resume from,
             or the loss is not finite.
     """
     if cfg.model.dtype == "float64":
@@ -130,4 +130,9 @@ def describe_devices(cfg: TrainConfig, mesh: Mesh) -> str:
 
 def describe_choices(asked: TrainConfig, cfg: TrainConfig) -> str:
     """What was left open and is now known, for the first line."""
-    return f", grad_accum_steps {cfg.grad_accum_steps} (the fewest that fit)" if asked.grad_accum_steps == "auto" else ""
+    said = ""
+    if asked.gather == "auto" and cfg.fsdp > 1:
+        said += f", gather {cfg.gather} (the least traffic that fits)"
+    if asked.grad_accum_steps == "auto":
+        said += f", grad_accum_steps {cfg.grad_accum_steps} (the fewest that fit)"
+    return said

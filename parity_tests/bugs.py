@@ -176,7 +176,7 @@ BUGS = (
         "torch.arange(1, S + 1) % S",
         "embedding",
     ),
-    Bug("head tied when it should not be", "activations", _FLAX, "if self.cfg.tie_embeddings:", "if True:"),
+    Bug("head tied when it should not be", "activations", _FLAX, "if self.cfg.tie_embeddings else self", "if True else self"),
     Bug("head tied when it should not be", "activations", _TORCH, "if cfg.tie_embeddings:", "if True:"),
     Bug("loss a mean over the wrong count", "loss", "flaxgpt.loss", ").mean()", ").sum() / (targets_BT.size - 1)"),
     Bug(

@@ -19,10 +19,23 @@ from flaxgpt.errors import InputError
 from flaxgpt.plan import plan as plans
 from flaxgpt.plan import targets
 from flaxgpt.plan.hlo import Collective, read_program
-from flaxgpt.plan.plan import fewest_microbatches, make_plan, model_flops, place, plan_mesh, settle, what_moves
+from flaxgpt.plan.plan import (
+    Plan,
+    Traffic,
+    doubts,
+    fewest_microbatches,
+    make_plan,
+    meshes_of,
+    model_flops,
+    place,
+    plan_mesh,
+    settle,
+    what_moves,
+)
 from flaxgpt.plan.targets import CHIPS, Target, find_target, present
+from flaxgpt.train import describe_choices
 
-RUN = TrainConfig(model=SMALL, batch_size=16)
+RUN = TrainConfig(model=SMALL, batch_size=16, gather="layer")
 SMALL_FLAGS = ("--batch-size", 4, "--context-length", 16, "--emb-dim", 32, "--n-layers", 1)
 
 LIVE = """
@@ -30,31 +43,37 @@ import json, sys
 import jax
 from flaxgpt.config import TrainConfig
 from flaxgpt.optim import adam_state, make_optimizer
-from flaxgpt.plan.plan import make_plan, plan_mesh
+from flaxgpt.plan.plan import options, plan_mesh
 from flaxgpt.plan.targets import find_target
 from flaxgpt.state import create_state
-
-cfg = TrainConfig.from_dict(json.loads(sys.argv[1]))
-target = find_target("here")
-plan, _ = make_plan(cfg, target)
-state = create_state(cfg, make_optimizer(cfg), plan_mesh(cfg, target))
-adam = adam_state(state.opt_state)
 
 def held(tree):
     shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
     return [sum(s.data.nbytes for s in shards if s.device == device) for device in jax.devices()]
 
-print(json.dumps([plan.to_dict(), held(state.params), held((adam.mu, adam.nu))]))
+target = find_target("here")
+for cfg in map(TrainConfig.from_dict, json.loads(sys.argv[1])):
+    state = create_state(cfg, make_optimizer(cfg), plan_mesh(cfg, target))
+    adam = adam_state(state.opt_state)
+    print(json.dumps([[plan.to_dict() for plan in options(cfg, target)], held(state.params), held((adam.mu, adam.nu))]))
 """
+
+SPLIT = RUN.replace(fsdp=4, grad_accum_steps=2, gather="auto")
+MEGATRON = RUN.replace(batch_size=12, fsdp=2, tensor=2, model=SMALL.replace(vocab_multiple=4))
 
 
 @functools.cache
-def on_eight_devices(cfg: TrainConfig) -> tuple[dict, list[int], list[int]]:
+def live() -> list[tuple[list[dict], list[int], list[int]]]:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, "-c", LIVE, json.dumps(cfg.to_dict())]
+    command = [sys.executable, "-c", LIVE, json.dumps([cfg.to_dict() for cfg in (RUN, SPLIT, MEGATRON)])]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def on_eight_devices(cfg: TrainConfig) -> tuple[list[dict], list[int], list[int]]:
+    """The plans, and the bytes of parameters and of moments that each device really holds."""
+    return live()[(RUN, SPLIT, MEGATRON).index(cfg)]
 
 
 @pytest.fixture
@@ -62,17 +81,39 @@ def target() -> Target:
     return present(jax.devices())
 
 
+@functools.cache
+def small_plan(**changes: object) -> Plan:
+    return make_plan(RUN.replace(**changes), present(jax.devices()))
+
+
 def with_memory(target: Target, memory: float) -> Target:
     return dataclasses.replace(target, memory=int(memory))
 
 
-@pytest.mark.parametrize("fsdp", [1, 4, 8])
-def test_parameters_and_moments_are_the_live_buffers_of_each_of_eight_devices(fsdp):
-    plan, params, moments = on_eight_devices(RUN.replace(fsdp=fsdp))
-    assert params == [plan["params_bytes"]] * 8
-    assert moments == [plan["moments_bytes"]] * 8
-    assert plan["arguments_bytes"] >= plan["params_bytes"] + plan["moments_bytes"]
-    assert plan["mesh"]["fsdp"] == fsdp
+@pytest.mark.parametrize("cfg", [RUN, SPLIT, MEGATRON], ids=["data", "data-fsdp", "data-fsdp-tensor"])
+def test_parameters_and_moments_are_the_live_buffers_of_each_of_eight_devices(cfg):
+    plans, params, moments = on_eight_devices(cfg)
+    for plan in plans:
+        assert params == [plan["params_bytes"]] * 8
+        assert moments == [plan["moments_bytes"]] * 8
+        assert plan["arguments_bytes"] >= plan["params_bytes"] + plan["moments_bytes"]
+        assert plan["mesh"] == {"data": 8 // (cfg.fsdp * cfg.tensor), "fsdp": cfg.fsdp, "tensor": cfg.tensor}
+        assert not plan["doubts"]
+
+
+def test_what_gathers_once_an_update_sends_less_and_is_taken():
+    (taken, other), _, _ = on_eight_devices(SPLIT)
+    assert (taken["gather"], other["gather"]) == ("update", "layer")
+    assert taken["fits"]
+    assert taken["wire_bytes"] < other["wire_bytes"]
+    loops = {row["place"] for row in taken["traffic"] if row["what"] != "numbers"}
+    assert loops == {"outside"}, f"gathered once an update, and yet something is sent in {loops}"
+
+
+def test_heads_that_are_split_add_up_activations_and_gather_none():
+    [plan], _, _ = on_eight_devices(MEGATRON)
+    moved = {row["kind"] for row in plan["traffic"] if row["what"] == "activations"}
+    assert moved == {"all-reduce"}, plan["traffic"]
 
 
 def by_hand(cfg: TrainConfig) -> float:
@@ -84,41 +125,42 @@ def by_hand(cfg: TrainConfig) -> float:
     qkv, out, up, down = 3 * D * D, D * D, 4 * D * D, 4 * D * D
     scores = context = T * D
     block, head = qkv + scores + context + out + up + down, D * V
-    again = block - down if cfg.model.remat else 0
+    again = block - down if cfg.model.remat == "block" else 0
     return 2 * cfg.batch_size * T * (3 * (L * block + head) + L * again)
 
 
-@pytest.mark.parametrize("remat", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize(("remat", "steps"), [("none", 4), ("block", 1)])
 def test_the_programs_arithmetic_agrees_with_a_count_by_hand(target, remat, steps):
     cfg = RUN.replace(grad_accum_steps=steps, model=SMALL.replace(remat=remat, vocab_size=331, n_layers=3))
-    plan, _ = make_plan(cfg, target)
+    plan = make_plan(cfg, target)
     assert plan.program_flops == pytest.approx(by_hand(cfg), rel=0.01)
-    assert plan.uncounted_loops == 0
+    assert plan.doubts == ()
 
 
 def test_the_models_arithmetic_is_the_count_by_hand_without_masked_scores():
     cfg = TrainConfig.preset("gpt2-124m")
     masked = 6 * cfg.batch_size * 12 * 768 * 1024 * 1023  # of two products, half but for the diagonal
-    whole = by_hand(cfg.replace(model=cfg.model.replace(remat=False)))
+    whole = by_hand(cfg.replace(model=cfg.model.replace(remat="none")))
     assert model_flops(cfg) == whole - masked
+    padded = cfg.replace(model=cfg.model.replace(vocab_multiple=64))
+    assert model_flops(padded) == model_flops(cfg), "padding is the program's work, not the model's"
 
 
 def test_arithmetic_on_eight_devices_is_that_of_one(target):
-    eight, _, _ = on_eight_devices(RUN)
-    assert eight["program_flops"] == make_plan(RUN, target)[0].program_flops
+    [eight], _, _ = on_eight_devices(RUN)
+    assert eight["program_flops"] == small_plan().program_flops
 
 
-def test_one_device_sends_nothing_and_eight_send_their_gradients(target):
-    assert make_plan(RUN, target)[0].traffic == ()
-    eight, _, _ = on_eight_devices(RUN)
+def test_one_device_sends_nothing_and_eight_send_their_gradients():
+    assert small_plan().traffic == ()
+    [eight], _, _ = on_eight_devices(RUN)
     kinds = {(row["kind"], row["what"]) for row in eight["traffic"]}
     assert ("all-reduce", "gradients") in kinds, kinds
     assert eight["wire_bytes"] >= 1.75 * eight["params_bytes"], "fewer bytes than the gradients of all parameters"
 
 
 def test_the_peak_holds_what_the_compiler_says(target):
-    plan, _ = make_plan(RUN, target)
+    plan = small_plan()
     assert plan.peak_bytes >= plan.params_bytes + plan.moments_bytes + plan.temporaries_bytes
     assert plan.fits == (plan.peak_bytes <= target.memory)
 
@@ -137,12 +179,15 @@ def test_the_fewest_microbatches_that_fit_are_found_with_few_trials(target, monk
     assert len(tried) == len(set(tried)) <= 4
 
 
-def test_microbatches_are_found_by_the_compiled_peak(target):
+def test_microbatches_are_found_by_the_compiled_peak(target, monkeypatch):
     cfg = RUN.replace(batch_size=2)
-    whole, half = (make_plan(cfg.replace(grad_accum_steps=n), target)[0].peak_bytes for n in (1, 2))
-    assert half < whole, "a smaller microbatch does not hold less"
+    compiled = {n: make_plan(cfg.replace(grad_accum_steps=n), target) for n in (1, 2)}
+    half = compiled[2].peak_bytes
+    assert half < compiled[1].peak_bytes, "a smaller microbatch does not hold less"
+    monkeypatch.setattr(
+        plans, "make_plan", lambda cfg, target: dataclasses.replace(compiled[cfg.grad_accum_steps], memory_bytes=target.memory)
+    )
     auto = cfg.replace(grad_accum_steps="auto")
-    assert settle(auto, with_memory(target, whole)).grad_accum_steps == 1
     assert settle(auto, with_memory(target, half)).grad_accum_steps == 2
     with pytest.raises(InputError, match="not even the smallest microbatch fits"):
         settle(auto, with_memory(target, 1000))
@@ -158,13 +203,61 @@ def test_a_number_of_microbatches_is_left_as_it_is(target, monkeypatch):
     assert settle(RUN, target) is RUN
 
 
+def test_one_device_has_nothing_to_gather_and_compiles_nothing_to_find_that_out(target, monkeypatch):
+    monkeypatch.setattr(plans, "make_plan", lambda *_: pytest.fail("compiled"))
+    assert settle(RUN.replace(gather="auto"), target) == RUN
+
+
+@pytest.mark.parametrize(
+    ("memory", "steps", "gather", "becomes"),
+    [
+        (100, 2, "auto", ("update", 2)),  # both fit: the least traffic
+        (50, 2, "auto", ("layer", 2)),
+        (100, "auto", "auto", ("update", 1)),
+        (50, "auto", "auto", ("update", 4)),  # more microbatches, but still less on the wire
+        (15, "auto", "auto", ("layer", 4)),
+        (50, "auto", "layer", ("layer", 2)),
+        (15, 2, "auto", None),
+    ],
+)
+def test_auto_is_the_least_traffic_that_fits(target, monkeypatch, memory, steps, gather, becomes):
+    def made(cfg, target):
+        n = cfg.grad_accum_steps
+        peak, sent = {"update": (20 + 80 // n, 4), "layer": (60 // n, 5 * n)}[cfg.gather]
+        traffic = (Traffic("all-gather", "weights", "bf16", "outside", 4, 1, sent),)
+        return dataclasses.replace(
+            small_plan(), gather=cfg.gather, grad_accum_steps=n, peak_bytes=peak, memory_bytes=target.memory, traffic=traffic
+        )
+
+    monkeypatch.setattr(plans, "make_plan", made)
+    monkeypatch.setattr(plans, "state_bytes", lambda *_: (0, 0))
+    machine = with_memory(dataclasses.replace(target, devices=target.devices * 4), memory)
+    cfg = RUN.replace(fsdp=4, gather=gather, grad_accum_steps=steps)
+    if becomes:
+        found = settle(cfg, machine)
+        assert (found.gather, found.grad_accum_steps) == becomes
+    else:
+        with pytest.raises(InputError, match="it needs"):
+            settle(cfg, machine)
+
+
+def test_the_first_line_says_what_auto_became():
+    asked = RUN.replace(fsdp=4, gather="auto")
+    assert describe_choices(asked, asked.replace(gather="update")) == ", gather update (the least traffic that fits)"
+    assert describe_choices(RUN.replace(gather="auto"), RUN) == "", "there is no choice on one device"
+
+
 def test_training_finds_the_microbatches_says_so_and_writes_them(call, monkeypatch, tmp_path):
-    monkeypatch.setattr(plans, "fitting", lambda cfg, _: cfg if cfg.grad_accum_steps >= 4 else None)
+    small = small_plan()  # before there is nothing to compile with
+    monkeypatch.setattr(
+        plans, "fitting", lambda cfg, _: dataclasses.replace(small, grad_accum_steps=4) if cfg.grad_accum_steps >= 4 else None
+    )
     flags = ("--max-steps", 1, "--sample-tokens", 0, "--eval-batches", 1)
     code, out, err = call(train_jax, "--out-dir", tmp_path / "run", "--grad-accum-steps", "auto", *flags)
     assert code == 0, err
     assert "grad_accum_steps 4 (the fewest that fit)" in out.splitlines()[0]
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["grad_accum_steps"] == 4
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (written["grad_accum_steps"], written["gather"]) == (4, "layer")
 
 
 def test_the_reference_wants_a_number_of_microbatches(call, tmp_path):
@@ -183,10 +276,12 @@ def test_the_reference_wants_a_number_of_microbatches(call, tmp_path):
         ((2,), 2, "microbatch loop"),
         ((7,), 1, "another loop"),
         ((32, 7), 32, "another loop"),
+        ((32, 4), 32, "loss loop"),
     ],
 )
-def test_a_place_is_told_by_how_often_its_loops_turn(loops, steps, where):
-    assert place(loops, RUN.replace(batch_size=32, grad_accum_steps=steps)) == where
+def test_a_place_is_told_by_how_often_its_loops_turn(loops, steps, where, target):
+    cfg = RUN.replace(batch_size=32, grad_accum_steps=steps, model=SMALL.replace(loss_chunk=4))
+    assert place(loops, cfg, plan_mesh(cfg, target)) == where
 
 
 @pytest.mark.parametrize(
@@ -199,10 +294,14 @@ def test_a_place_is_told_by_how_often_its_loops_turn(loops, steps, where):
         ("all-gather", [("f32", (2, 16, 97))], "activations"),
         ("all-gather", [("s32", (2, 16))], "tokens"),
         ("all-reduce", [("f32", ())], "numbers"),
+        ("collective-permute", [("bf16", (4, 128))], "weights or gradients"),
+        ("collective-permute", [("bf16", (97, 3))], "weights or gradients"),  # the edge of a part
+        ("collective-permute", [("bf16", (3, 16, 32))], "activations"),
+        ("all-gather", [("bf16", (100, 4))], "weights"),  # of the padded vocabulary
     ],
 )
 def test_what_moves_is_told_by_its_size(kind, arrays, what, target):
-    cfg = RUN.replace(fsdp=8)
+    cfg = RUN.replace(fsdp=8, model=SMALL.replace(vocab_multiple=4) if 100 in arrays[0][1] else SMALL)
     devices = dataclasses.replace(target, devices=target.devices * 8)
     mesh = plan_mesh(cfg, devices)
     collective = Collective(kind, tuple(arrays), 0.0, 8, (), "")
@@ -230,11 +329,29 @@ def test_a_sweep_ranks_the_meshes_that_fit(call):
     code, out, err = call(script, *SMALL_FLAGS, "--sweep", "--json")
     assert code == 0, err
     assert [plan["mesh"]["fsdp"] for plan in json.loads(out)] == [1]
-    assert "fsdp 1: grad_accum_steps 1" in err
+    assert "fsdp 1, tensor 1, gather layer: grad_accum_steps 1" in err
+
+
+@pytest.mark.parametrize(
+    ("vocab_multiple", "meshes"),
+    [(1, [(1, 1), (2, 1), (4, 1), (8, 1)]), (4, [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (2, 4)])],
+)
+def test_meshes_are_those_that_divide_the_devices_and_the_model(vocab_multiple, meshes, target):
+    machine = dataclasses.replace(target, devices=target.devices * 8)
+    assert meshes_of(RUN.replace(model=SMALL.replace(vocab_multiple=vocab_multiple)), machine) == meshes
+
+
+def test_what_was_chosen_is_looked_for_in_the_program(target):
+    cfg = RUN.replace(model=SMALL.replace(loss_chunk=8))
+    plan = make_plan(cfg, target)
+    assert (plan.loss_chunk, plan.attention, plan.doubts) == (8, "plain (there is no kernel for cpu)", ())
+    wrong = list(doubts(read_program(plan.hlo), cfg, plan_mesh(cfg, target), "cudnn", 16))
+    assert len(wrong) == 2
+    assert "cudnn attention was chosen, and the program has plain" in wrong
 
 
 def test_a_plan_that_does_not_fit_says_the_smallest_that_does(call, target, monkeypatch):
-    small, _ = make_plan(RUN.replace(grad_accum_steps=4), target)
+    small = dataclasses.replace(small_plan(), grad_accum_steps=4)
     monkeypatch.setattr(targets, "find_target", lambda _: with_memory(target, 1000))
     code, out, err = call(script, *SMALL_FLAGS)
     assert code == 2
@@ -243,7 +360,7 @@ def test_a_plan_that_does_not_fit_says_the_smallest_that_does(call, target, monk
     monkeypatch.setattr(plans, "fitting", lambda cfg, _: small if cfg.grad_accum_steps == 4 else None)
     code, out, err = call(script, *SMALL_FLAGS)
     assert code == 2
-    assert "the smallest change that fits is --fsdp 1 --grad-accum-steps 4" in err.splitlines()[-1]
+    assert "the smallest change that fits is --gather layer --grad-accum-steps 4" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["there", "gpu:h100x9", "gpu:h100", "tpu:v5e", "tpu:v1:2x2", "gpu:b9x8"])
@@ -258,7 +375,7 @@ def test_what_is_missing_to_compile_for_a_target_is_said_with_the_line_that_inst
 
 
 def test_an_fsdp_that_does_not_divide_the_targets_devices_is_refused(call):
-    refused(call(script, *SMALL_FLAGS, "--fsdp", 2), "fsdp=2 does not divide the 1 devices of here")
+    refused(call(script, *SMALL_FLAGS, "--fsdp", 2), "fsdp=2 x tensor=1 does not divide the 1 devices")
 
 
 def test_a_number_of_microbatches_is_a_number_or_auto(call):

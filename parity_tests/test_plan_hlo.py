@@ -48,7 +48,7 @@ def test_the_bytes_on_the_wire_are_those_of_each_kind(platform):
     expected = [
         ("all-gather", 4, 3 * weights),
         (kind, 4, times * 8 * 128 * 4 * 3 / 4),
-        ("collective-permute", 8, 8 * 256 * 4),
+        ("collective-permute", 2, 8 * 256 * 4),
         ("all-reduce", 8, 2 * 8 * 256 * 4 * 7 / 8),
         ("all-to-all", 4, 8 * 256 * 4 * 3 / 4),
     ]
@@ -69,6 +69,7 @@ def test_products_are_counted_through_loops_fusions_and_a_conditional(platform):
         ("[4,2]<=[2,4]T(1,0)", 2),
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
         ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", 4),
+        ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", 4),
         ("mesh['axis_0'=8] {'axis_0':(2)4}", 4),
     ],
 )

@@ -26,8 +26,8 @@ def main() -> None:
     """Parse the flags, compile, print what was found."""
     args = parse_plan(__doc__)
 
-    from flaxgpt.plan.plan import TooLargeError, make_plan, settle
-    from flaxgpt.plan.report import show
+    from flaxgpt.plan.plan import TooLargeError, options
+    from flaxgpt.plan.report import show, show_options
     from flaxgpt.plan.targets import find_target
 
     target = find_target(args.target)
@@ -35,15 +35,17 @@ def main() -> None:
         sweep(args, target)
         return
     try:
-        plan, text = make_plan(settle(args.config, target), target)
+        plan, *others = options(args.config, target)
     except TooLargeError as error:
         raise InputError(f"{error}; {advice(args, target)}") from None
     if args.hlo:
-        write(args.hlo, text)
+        write(args.hlo, plan.hlo)
     if args.json:
-        print(json.dumps(plan.to_dict(), indent=2))
+        print(json.dumps(plan.to_dict() | {"others": [other.to_dict() for other in others]}, indent=2))
     else:
         show(plan, target.chip)
+        if others:
+            show_options([plan, *others])
     if not plan.fits:
         sizes = f"{plan.peak_bytes / 2**30:.2f} GiB of the {plan.memory_bytes / 2**30:.2f} GiB of a {plan.device}"
         raise InputError(f"it needs {sizes}; {advice(args, target)}")
@@ -55,8 +57,9 @@ def sweep(args: PlanArgs, target: "Target") -> None:
     from flaxgpt.plan.report import show_ranking
 
     plans = []
-    for fsdp, plan in try_meshes(args.config, target):
-        print(f"fsdp {fsdp}: {f'grad_accum_steps {plan.grad_accum_steps}' if plan else 'does not fit'}", file=sys.stderr)
+    for run, plan in try_meshes(args.config, target):
+        found = f"grad_accum_steps {plan.grad_accum_steps}" if plan else "does not fit"
+        print(f"fsdp {run.fsdp}, tensor {run.tensor}, gather {run.gather}: {found}", file=sys.stderr)
         plans += [plan] if plan else []
     if not plans:
         raise InputError(f"no mesh of {target.name} fits, with any number of microbatches: take more devices, or larger ones")
@@ -72,7 +75,14 @@ def advice(args: PlanArgs, target: "Target") -> str:
 
     print("does not fit: looking for what does", file=sys.stderr)
     if plan := smallest_that_fits(args.config, target):
-        flags = f"--fsdp {plan.mesh['fsdp']} --grad-accum-steps {plan.grad_accum_steps}"
+        values = {
+            "fsdp": plan.mesh["fsdp"],
+            "tensor": plan.mesh["tensor"],
+            "gather": plan.gather,
+            "grad_accum_steps": plan.grad_accum_steps,
+        }
+        changed = {name: value for name, value in values.items() if value != getattr(args.config, name)}
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
         return f"the smallest change that fits is {flags} ({plan.peak_bytes / 2**30:.2f} GiB)"
     return f"no mesh of {target.name} fits, with any number of microbatches: take more devices, or larger ones"
 

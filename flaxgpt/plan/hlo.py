@@ -49,11 +49,12 @@ class Collective:
 @dataclass(frozen=True)
 class Product:
     """A matrix product, or a kernel that makes several: the dtype of what is multiplied, operations (a multiplication and an
-    addition are two) when it happens once, and the loops around it.
+    addition are two) when it happens once, the elements of its result, and the loops around it.
     """
 
     name: str
     dtype: str
+    size: int
     flops: float
     loops: tuple[int, ...]
 
@@ -201,7 +202,8 @@ class _Reader:
                     yield self.collective(computation, instruction, "reduce-scatter" if scatters else opcode, loops)
             elif flops := _flops(computation, instruction):
                 dtypes = (dtype for operand in instruction.operands for dtype, _ in computation[operand].arrays)
-                yield Product(instruction.name, next(d for d in dtypes if "f" in d), flops, loops)
+                size = math.prod(instruction.arrays[0][1])
+                yield Product(instruction.name, next(d for d in dtypes if "f" in d), size, flops, loops)
             elif called := instruction.attribute("calls") or (opcode == "call" and instruction.attribute("to_apply")):
                 yield from self.read(called, loops)
 
@@ -281,16 +283,22 @@ def _integer(instruction: _Instruction) -> int | None:
 def _group_size(attributes: str, devices: int) -> int:
     """How many devices take part together, of any of the ways to write it.
 
-    {{0,1},{2,3}} names them, [4,2]<=[8] is 4 groups of 2, mesh['a'=4,'b'=2] {'b'} is the size of the axes in braces, of which
-    'a':(2)2 is a part of size 2. Pairs of a collective-permute are no groups: all devices.
+    {{0,1},{2,3}} names them, [4,2]<=[8] is 4 groups of 2, mesh['a'=4,'b'=2], device_ids=(...) {'b'} is the size of the axes in braces, of
+    which 'a':(2)2 is a part of size 2. Pairs of a collective-permute make rings.
     """
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return found[1].count(",") + 1
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(found[1])
-    if found := re.search(r"replica_groups=\w*mesh\S*\[([^\]]*)\]\S* ?\{([^}]*)\}", attributes):
+    if found := re.search(r"replica_groups=\w*mesh\S*?\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", found[1]))
         return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'?([A-Za-z_]\w*)'?(?::\(\d+\)(\d+))?", found[2]))
+    if found := re.search(r"source_target_pairs=\{([\d,{}]*)\}", attributes):
+        targets = dict(re.findall(r"(\d+),(\d+)", found[1]))
+        ring = [next(iter(targets))]
+        while (target := targets.get(ring[-1], ring[0])) not in ring:
+            ring.append(target)
+        return len(ring)
     return devices
 
 

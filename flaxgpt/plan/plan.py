@@ -1,18 +1,19 @@
 """The step that training would jit, compiled for a target, and what can be read off it: memory, traffic, arithmetic, bounds in time.
 
-plan, compiled = make_plan(cfg, find_target("tpu:v5e:4x4"))
+plan = make_plan(cfg, find_target("tpu:v5e:4x4"))
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax.sharding import Mesh
 
 from flaxgpt.config import TrainConfig
 from flaxgpt.errors import InputError
+from flaxgpt.kernels import choose_attention, choose_loss_chunk
 from flaxgpt.optim import adam_state, make_optimizer
 from flaxgpt.plan.hlo import Collective, Program, read_program
 from flaxgpt.plan.targets import Chip, Target
@@ -34,9 +36,9 @@ class Traffic:
 
     Attributes:
         kind: all-gather, reduce-scatter, all-reduce, all-to-all or collective-permute.
-        what: weights, gradients, activations, tokens or numbers (fewer than one for each token); see `what_moves`.
+        what: weights, gradients, weights or gradients, activations, tokens or numbers (fewer than one for each token); see `what_moves`.
         dtype: of what is moved.
-        place: layer loop, microbatch loop, another loop, or outside all loops.
+        place: layer loop, loss loop, microbatch loop, another loop, or outside all loops.
         group: devices that take part together.
         times: how many there are in an update.
         wire_bytes: what each device sends for them in an update.
@@ -84,10 +86,13 @@ class Plan:
         target: the machine's name.
         device: the kind of its devices.
         mesh: axis -> devices along it.
+        gather: layer or update.
         batch_size: rows in an update.
         grad_accum_steps: microbatches in an update.
         rows: that a device computes at once.
-        attention: plain, or the kernel: cuDNN, splash.
+        attention: plain, cudnn or splash, and in parentheses why.
+        loss_chunk: positions of each row whose logits are held at a time; all, or a part.
+        doubts: where the program does not have what was chosen, or could not be read.
         params_bytes: float32 parameters.
         moments_bytes: AdamW's two.
         arguments_bytes: all that goes in (state and batch), as the compiler lays it out: padded on a TPU.
@@ -97,18 +102,21 @@ class Plan:
         traffic: the collectives, the largest first.
         model_flops: of an update, by the model's shapes: forward and twice that backward, masked scores left out.
         program_flops: what the program does: also what it computes again, and masked scores where it computes them.
-        uncounted_loops: whose number of turns could not be read: what is in them is counted once.
         seconds: bounds in time, where the chip's figures are known.
         compile_seconds: how long compiling took.
+        hlo: the compiled program's text.
     """
 
     target: str
     device: str
     mesh: dict[str, int]
+    gather: Literal["layer", "update"]
     batch_size: int
     grad_accum_steps: int
     rows: int
     attention: str
+    loss_chunk: int
+    doubts: tuple[str, ...]
     params_bytes: int
     moments_bytes: int
     arguments_bytes: int
@@ -118,9 +126,9 @@ class Plan:
     traffic: tuple[Traffic, ...]
     model_flops: float
     program_flops: float
-    uncounted_loops: int
     seconds: Seconds | None
     compile_seconds: float
+    hlo: str = field(repr=False)
 
     @property
     def fits(self) -> bool:
@@ -133,8 +141,9 @@ class Plan:
         return sum(row.wire_bytes for row in self.traffic)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, with what follows from them, for `json.dumps`."""
+        """Plain values only, with what follows from them, for `json.dumps`; the program's text is left out."""
         values = dataclasses.asdict(self) | {"fits": self.fits, "wire_bytes": self.wire_bytes}
+        del values["hlo"]
         if self.seconds:
             values["seconds"] |= {"bound": self.seconds.bound, "apart": self.seconds.apart}
         return values
@@ -144,7 +153,7 @@ class TooLargeError(InputError):
     """The compiler refused a program that does not fit, as a TPU's does."""
 
 
-def make_plan(cfg: TrainConfig, target: Target) -> tuple[Plan, str]:
+def make_plan(cfg: TrainConfig, target: Target) -> Plan:
     """Compile the step of a run for a target, and read the result.
 
     Args:
@@ -152,13 +161,15 @@ def make_plan(cfg: TrainConfig, target: Target) -> tuple[Plan, str]:
         target: as `find_target` returns it.
 
     Returns:
-        The plan, which may not fit (`plan.fits`), and the compiled program's text.
+        The plan, which may not fit (`plan.fits`).
 
     Raises:
         TooLargeError: the compiler itself found that it does not fit.
-        InputError: the mesh does not suit the devices.
+        InputError: the mesh does not suit the devices, or they can't compute the attention that is asked for.
     """
     mesh, started = plan_mesh(cfg, target), time.perf_counter()
+    attention = choose_attention(cfg.model, cfg.model.context_length, _platform(mesh), dropout=cfg.model.drop_rate > 0)
+    chunk = loss_chunk(cfg, mesh)
     try:
         compiled = lower_step(cfg, mesh).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -170,14 +181,17 @@ def make_plan(cfg: TrainConfig, target: Target) -> tuple[Plan, str]:
     seconds, text, memory = time.perf_counter() - started, compiled.as_text(), compiled.memory_analysis()
     program = read_program(text)
     params, moments = state_bytes(cfg, mesh)
-    plan = Plan(
+    return Plan(
         target=target.name,
         device=target.devices[0].device_kind,
         mesh=dict(mesh.shape),
+        gather=cfg.gather,
         batch_size=cfg.batch_size,
         grad_accum_steps=cfg.grad_accum_steps,
         rows=rows_at_once(cfg, mesh),
-        attention=attention_of(program),
+        attention=f"{attention.implementation} ({attention.reason})",
+        loss_chunk=chunk,
+        doubts=tuple(doubts(program, cfg, mesh, attention.implementation, chunk)),
         params_bytes=params,
         moments_bytes=moments,
         arguments_bytes=memory.argument_size_in_bytes,
@@ -190,11 +204,10 @@ def make_plan(cfg: TrainConfig, target: Target) -> tuple[Plan, str]:
         traffic=traffic_of(program, cfg, mesh),
         model_flops=model_flops(cfg),
         program_flops=sum(program.flops.values()) * mesh.size,
-        uncounted_loops=len(program.uncounted),
         seconds=bounds(cfg, program, target.chip, params + moments) if target.chip else None,
         compile_seconds=seconds,
+        hlo=text,
     )
-    return plan, text
 
 
 def plan_mesh(cfg: TrainConfig, target: Target) -> Mesh:
@@ -241,10 +254,26 @@ def model_flops(cfg: TrainConfig) -> float:
     return 6 * cfg.batch_size * (T * (12 * L * D**2 + D * V) + L * D * T * (T + 1))
 
 
+def loss_chunk(cfg: TrainConfig, mesh: Mesh) -> int:
+    """Positions of each row whose logits are held at a time, as `flaxgpt.loss` chooses."""
+    return choose_loss_chunk(cfg.model, rows_at_once(cfg, mesh), cfg.model.context_length, _platform(mesh))
+
+
+def doubts(program: Program, cfg: TrainConfig, mesh: Mesh, attention: str, chunk: int) -> Iterator[str]:
+    """Where what was read is not what was chosen, or not sure."""
+    if (found := attention_of(program)) != attention:
+        yield f"{attention} attention was chosen, and the program has {found}"
+    logits = rows_at_once(cfg, mesh) * chunk * cfg.model.padded_vocab // mesh.shape["tensor"]
+    if logits not in {product.size for product in program.products}:
+        yield f"the loss was to hold the logits of {chunk} positions of each row, and the program has no such product"
+    if program.uncounted:
+        yield f"the turns of {len(program.uncounted)} loops could not be read; what is in them is counted once"
+
+
 def attention_of(program: Program) -> str:
-    """Which kernel of attention is in the program."""
+    """Which attention is in the program: cudnn, splash, or none of the kernels."""
     if any(target.startswith("__cudnn$fmha") for target in program.kernels):
-        return "cuDNN"
+        return "cudnn"
     return "splash" if any("splash" in product.name for product in program.products) else "plain"
 
 
@@ -254,29 +283,34 @@ def traffic_of(program: Program, cfg: TrainConfig, mesh: Mesh) -> tuple[Traffic,
     wire: Counter[tuple[str, str, str, str, int]] = Counter()
     sizes = weight_sizes(cfg, mesh)
     for c in program.collectives:
-        key = (c.kind, what_moves(c, cfg, mesh, sizes), c.dtype, place(c.loops, cfg), c.group)
+        key = (c.kind, what_moves(c, cfg, mesh, sizes), c.dtype, place(c.loops, cfg, mesh), c.group)
         times[key] += c.times
         wire[key] += c.wire_bytes * c.times
     return tuple(Traffic(*key, times[key], sent) for key, sent in wire.most_common())
 
 
-def place(loops: tuple[int, ...], cfg: TrainConfig) -> str:
-    """Which loop a thing stands in, by how often the loops around it turn: microbatches outside, layers within."""
+def place(loops: tuple[int, ...], cfg: TrainConfig, mesh: Mesh) -> str:
+    """Which loop a thing stands in, by how often the loops around it turn: microbatches outside, layers or chunks of the loss within."""
     if not loops:
         return "outside"
     within = loops[1:] if cfg.grad_accum_steps > 1 and loops[0] == cfg.grad_accum_steps else loops
     if not within:
         return "microbatch loop"
-    return "layer loop" if within[0] == cfg.model.n_layers else "another loop"
+    chunks = -(-cfg.model.context_length // loss_chunk(cfg, mesh))
+    return {chunks: "loss loop", cfg.model.n_layers: "layer loop"}.get(within[0], "another loop")
 
 
 def what_moves(collective: Collective, cfg: TrainConfig, mesh: Mesh, sizes: set[int]) -> str:
     """What a collective moves, by how many elements its arrays have once they are whole: those of a parameter are weights (gathered) or
-    gradients (added up).
+    gradients (added up). Of the permutes in which a TPU does either it can't be told which.
 
     An array of another size is tokens if it holds integers or booleans, numbers if it has fewer than one element for each token on a
     device, and activations otherwise.
     """
+    if collective.kind == "collective-permute" and all(
+        math.prod(dims) in sizes or _is_strip(dims, cfg, mesh) for _, dims in collective.arrays
+    ):
+        return "weights or gradients"
     arrays = [(dtype, size) for (dtype, _), size in zip(collective.arrays, collective.gathered, strict=True)]
     other = [(dtype, size) for dtype, size in arrays if "f" not in dtype or size not in sizes]  # all floating dtypes have an f, no other
     large = [dtype for dtype, size in other if size >= rows_at_once(cfg, mesh) * cfg.model.context_length]
@@ -289,12 +323,27 @@ def what_moves(collective: Collective, cfg: TrainConfig, mesh: Mesh, sizes: set[
 
 def weight_sizes(cfg: TrainConfig, mesh: Mesh) -> set[int]:
     """Elements of each parameter, of one layer of it, and of the parts of both that devices hold."""
+    axes = tuple(mesh.shape.values())
+    splits = {math.prod(some) for n in range(len(axes) + 1) for some in itertools.combinations(axes, n)}
+    return {size // n for size in map(math.prod, _weight_shapes(cfg)) for n in splits if size % n == 0}
+
+
+def _weight_shapes(cfg: TrainConfig) -> set[tuple[int, ...]]:
+    """Of each parameter, and of one layer of it."""
     params = abstract_state(cfg, make_optimizer(cfg)).params
-    whole = {leaf.size for leaf in jax.tree.leaves(params)} | {
-        leaf.size // cfg.model.n_layers for leaf in jax.tree.leaves(params["trf_blocks"])
-    }
-    splits = {math.prod(axes) for axes in ((), *((n,) for n in mesh.shape.values()), tuple(mesh.shape.values()))}
-    return {size // n for size in whole for n in splits if size % n == 0}
+    return {leaf.shape for leaf in jax.tree.leaves(params)} | {leaf.shape[1:] for leaf in jax.tree.leaves(params["trf_blocks"])}
+
+
+def _is_strip(dims: tuple[int, ...], cfg: TrainConfig, mesh: Mesh) -> bool:
+    """Whether an array is less than a device's part of a matrix of parameters, of its full width: a TPU scatters in parts of whole
+    tiles, of which it then hands the edges on.
+    """
+    held = Counter(n for n in dims if n > 1)
+    for shape in _weight_shapes(cfg):
+        shorter, longer = held - Counter(shape), Counter(shape) - held
+        if len(shape) == 2 and shorter.total() == longer.total() == 1 and min(shorter) < min(longer) // mesh.size:
+            return True
+    return False
 
 
 def bounds(cfg: TrainConfig, program: Program, chip: Chip, held_bytes: int) -> Seconds:
@@ -308,23 +357,55 @@ def bounds(cfg: TrainConfig, program: Program, chip: Chip, held_bytes: int) -> S
 
 
 def _multiplying_weights(cfg: TrainConfig) -> int:
-    return 12 * cfg.model.n_layers * cfg.model.emb_dim**2 + cfg.model.emb_dim * cfg.model.vocab_size
+    return 12 * cfg.model.n_layers * cfg.model.emb_dim**2 + cfg.model.emb_dim * cfg.model.padded_vocab
 
 
 def settle(cfg: TrainConfig, target: Target) -> TrainConfig:
     """The run with what it leaves open (`auto`) found for these devices; nothing is compiled if nothing is open.
 
     Raises:
-        InputError: no number of microbatches fits.
+        InputError: nothing that was tried fits.
     """
-    if cfg.grad_accum_steps != "auto":
+    if cfg.gather == "auto" and cfg.fsdp == 1:
+        cfg = cfg.replace(gather="layer")  # there is nothing to gather
+    if "auto" not in (cfg.gather, cfg.grad_accum_steps):
         return cfg
-    if plan := fewest_microbatches(cfg, target):
-        return cfg.replace(grad_accum_steps=plan.grad_accum_steps)
-    raise InputError(
-        f"grad_accum_steps=auto: not even the smallest microbatch fits in the {target.memory / 2**30:.2f} GiB of each device; "
-        "raise fsdp, or lower context_length"
+    try:
+        best = options(cfg, target)[0]
+        if not best.fits:
+            raise TooLargeError(f"it needs {best.peak_bytes / 2**30:.2f} GiB of the {target.memory / 2**30:.2f} GiB of each device")
+    except TooLargeError as error:
+        raise InputError(f"{error}; raise grad_accum_steps or fsdp, or lower context_length (flaxgpt-plan finds what fits)") from None
+    return cfg.replace(gather=best.gather, grad_accum_steps=best.grad_accum_steps)
+
+
+def options(cfg: TrainConfig, target: Target) -> list[Plan]:
+    """A plan for each way to gather that the run leaves open, with the fewest microbatches that fit if those are open too.
+
+    What fits comes first, and of that what sends the least; nothing else decides what `auto` becomes.
+
+    Raises:
+        TooLargeError: there is none, since the compiler refused, or no number of microbatches fits.
+    """
+    plans, refused = [], None
+    for gather in ways_to_gather(cfg):
+        run = cfg.replace(gather=gather)
+        try:
+            plans.append(make_plan(run, target) if run.grad_accum_steps != "auto" else fewest_microbatches(run, target))
+        except TooLargeError as error:
+            refused = error
+    if found := [plan for plan in plans if plan]:
+        return sorted(found, key=lambda plan: (not plan.fits, plan.wire_bytes))
+    raise refused or TooLargeError(
+        f"grad_accum_steps=auto: not even the smallest microbatch fits in the {target.memory / 2**30:.2f} GiB of each device"
     )
+
+
+def ways_to_gather(cfg: TrainConfig) -> tuple[Literal["layer", "update"], ...]:
+    """What the run's `gather` can be."""
+    if cfg.gather != "auto":
+        return (cfg.gather,)
+    return ("update", "layer") if cfg.fsdp > 1 else ("layer",)
 
 
 def fitting(cfg: TrainConfig, target: Target) -> Plan | None:
@@ -332,7 +413,7 @@ def fitting(cfg: TrainConfig, target: Target) -> Plan | None:
     if sum(state_bytes(cfg, plan_mesh(cfg, target))) > target.memory:
         return None
     try:
-        plan, _ = make_plan(cfg, target)
+        plan = make_plan(cfg, target)
     except TooLargeError:
         return None
     return plan if plan.fits else None
@@ -354,15 +435,21 @@ def fewest_microbatches(cfg: TrainConfig, target: Target) -> Plan | None:
 
 
 def smallest_that_fits(cfg: TrainConfig, target: Target) -> Plan | None:
-    """Of a run that does not fit: its mesh with another number of microbatches, else parameters split over more devices, or None."""
-    meshes = (fsdp for fsdp in meshes_of(cfg, target) if fsdp >= cfg.fsdp)
-    return next(filter(None, (fewest_microbatches(cfg.replace(fsdp=fsdp), target) for fsdp in meshes)), None)
+    """Of a run that does not fit, the first of these that does, each with the fewest microbatches: its own mesh, that with weights
+    gathered layer by layer, and parameters split over more devices, layer by layer. None if none does.
+    """
+    same = [cfg.replace(gather=gather) for gather in ways_to_gather(cfg)]
+    more = [cfg.replace(fsdp=fsdp, tensor=tensor) for fsdp, tensor in meshes_of(cfg, target) if fsdp * tensor > cfg.fsdp * cfg.tensor]
+    runs = dict.fromkeys(same + [run.replace(gather="layer") for run in (cfg, *more)])
+    return next(filter(None, (fewest_microbatches(run, target) for run in runs)), None)
 
 
-def try_meshes(cfg: TrainConfig, target: Target) -> Iterator[tuple[int, Plan | None]]:
-    """For each mesh of the target (its fsdp), the plan with the fewest microbatches that fits, or None."""
-    for fsdp in meshes_of(cfg, target):
-        yield fsdp, fewest_microbatches(cfg.replace(fsdp=fsdp), target)
+def try_meshes(cfg: TrainConfig, target: Target) -> Iterator[tuple[TrainConfig, Plan | None]]:
+    """Each mesh of the target, each way to gather on it, and the plan with the fewest microbatches that fits there, or None."""
+    for fsdp, tensor in meshes_of(cfg, target):
+        run = cfg.replace(fsdp=fsdp, tensor=tensor)
+        for gather in ways_to_gather(run):
+            yield (run := run.replace(gather=gather)), fewest_microbatches(run, target)
 
 
 def rank(plans: list[Plan]) -> list[Plan]:
@@ -370,7 +457,14 @@ def rank(plans: list[Plan]) -> list[Plan]:
     return sorted(plans, key=lambda plan: plan.seconds.apart if plan.seconds else plan.wire_bytes)
 
 
-def meshes_of(cfg: TrainConfig, target: Target) -> list[int]:
-    """Every fsdp that divides the devices and the width."""
-    n = len(target.devices)
-    return [fsdp for fsdp in range(1, n + 1) if n % fsdp == 0 and cfg.model.emb_dim % fsdp == 0]
+def meshes_of(cfg: TrainConfig, target: Target) -> list[tuple[int, int]]:
+    """Every (fsdp, tensor) that divides the devices, the width, the heads and the vocabulary; fewest parts first, and then fsdp."""
+    n, model = len(target.devices), cfg.model
+    sizes = [i for i in range(1, n + 1) if n % i == 0]
+    splits = [i for i in sizes if model.n_heads % i == 0 and model.padded_vocab % i == 0]
+    meshes = [(fsdp, tensor) for fsdp in sizes for tensor in splits if n % (fsdp * tensor) == 0 and model.emb_dim % fsdp == 0]
+    return sorted(meshes, key=lambda mesh: (math.prod(mesh), mesh[1]))
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform

@@ -14,8 +14,8 @@ def show(plan: Plan, chip: Chip | None) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"{plan.target}: {plan.device}, {_mesh(plan)}; nothing was run (compiled in {plan.compile_seconds:.0f} s)\n"
-        f"batch_size {plan.batch_size}, grad_accum_steps {plan.grad_accum_steps}: {plan.rows} rows at once on a device; "
-        f"attention: {plan.attention}\n"
+        f"batch_size {plan.batch_size}, grad_accum_steps {plan.grad_accum_steps}: {plan.rows} rows at once on a device\n"
+        f"attention: {plan.attention}; loss: logits of {plan.loss_chunk} positions of each row at a time\n"
     )
     console.print(memory_table(plan))
     console.print(traffic_table(plan) if plan.traffic else "nothing is sent between devices\n")
@@ -24,8 +24,8 @@ def show(plan: Plan, chip: Chip | None) -> None:
         f"arithmetic of an update: {plan.model_flops / 1e12:,.1f} TFLOP by the model, {plan.program_flops / 1e12:,.1f} in the program "
         f"({again:+.0%}: what is computed again or for nothing)"
     )
-    if plan.uncounted_loops:
-        console.print(f"the turns of {plan.uncounted_loops} loops could not be read; what is in them is counted once", style="bold")
+    for doubt in plan.doubts:
+        console.print(doubt, style="bold")
     if plan.seconds and chip:
         console.print(
             f"an update takes at least {_time(plan.seconds.bound)}: arithmetic {_time(plan.seconds.arithmetic)}, memory "
@@ -40,6 +40,13 @@ def show_ranking(plans: list[Plan], chip: Chip | None) -> None:
     console.print(ranking_table(plans))
     if chip:
         console.print(f"(lower bounds, at the published peaks of {chip.source}; ranked by what an update takes if nothing overlaps)")
+
+
+def show_options(plans: list[Plan]) -> None:
+    """Print what `auto` was chosen among: a line for each plan, the one that was taken first."""
+    Console(highlight=False, soft_wrap=True).print(
+        "auto takes the first of these: what fits, with the least traffic", ranking_table(plans), sep="\n"
+    )
 
 
 def memory_table(plan: Plan) -> Table:
@@ -79,14 +86,24 @@ def traffic_table(plan: Plan) -> Table:
 def ranking_table(plans: list[Plan]) -> Table:
     """A line for each plan."""
     table = Table(
-        "mesh", "grad_accum_steps", "rows", "peak GiB", "sent GB", "at least", "if nothing overlaps", box=None, padding=(0, 2, 0, 0)
+        "mesh",
+        "gather",
+        "grad_accum_steps",
+        "rows",
+        "peak GiB",
+        "sent GB",
+        "fits",
+        "at least",
+        "if nothing overlaps",
+        box=None,
+        padding=(0, 2, 0, 0),
     )
-    for column in table.columns[1:]:
+    for column in table.columns[2:]:
         column.justify = "right"
     for plan in plans:
         times = (_time(plan.seconds.bound), _time(plan.seconds.apart)) if plan.seconds else ("-", "-")
-        sizes = (f"{plan.peak_bytes / 2**30:.2f}", f"{plan.wire_bytes / 1e9:,.2f}")
-        table.add_row(_mesh(plan), f"{plan.grad_accum_steps}", f"{plan.rows}", *sizes, *times)
+        sizes = (f"{plan.peak_bytes / 2**30:.2f}", f"{plan.wire_bytes / 1e9:,.2f}", "yes" if plan.fits else "no")
+        table.add_row(_mesh(plan), plan.gather, f"{plan.grad_accum_steps}", f"{plan.rows}", *sizes, *times)
     return table
 
 

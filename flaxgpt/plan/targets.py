@@ -95,7 +95,7 @@ def find_target(name: str) -> Target:
 
 def present(devices: list[jax.Device]) -> Target:
     """The devices that are attached. CPU devices share the memory of their host."""
-    kind, stats = devices[0].device_kind, devices[0].memory_stats()
+    kind, stats = devices[0].device_kind, jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         memory = stats["bytes_limit"]
     else:

@@ -131,7 +131,7 @@ class PlanArgs:
     hlo: Path | None = None
     """Write the compiled program's text to this file, to be checked."""
     sweep: bool = False
-    """Try the meshes of the target, each with the fewest microbatches that fit, and rank those that do."""
+    """Try the meshes of the target and when to gather on each, with the fewest microbatches that fit, and rank those that do."""
     config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
 
