@@ -2,6 +2,9 @@
 
 Each plan is made by `scripts/plan.py` in a process of its own. It needs libtpu or JAX's CUDA plugin, which `.ci/run` installs in an
 environment of its own, and nothing of the other tests: `pytest --noconftest -m slow parity_tests/test_accelerators.py`.
+
+For a TPU these are seven programs, of 50 to 75 seconds of processor time each: both models where it is about what is sent, gpt2-1558m
+for memory and depth, gpt2-124m where the layers' size changes nothing. A program is compiled once, however many tests read it.
 """
 
 import functools
@@ -110,11 +113,10 @@ def test_what_is_gathered_once_an_update_is_sent_once(target):
     found = plan(target, "gpt2-124m", "--fsdp", "8", "--gather", "update")
     within = [row for row in found["traffic"] if row["place"] != "outside"]
     assert not within, f"collectives stand in a loop:\n{said(within)}"
-    weights = [row for row in found["traffic"] if row["what"] == "weights"]
-    gradients = [row for row in found["traffic"] if row["what"] == "gradients"]
-    whole = 8 * found["params_bytes"]  # in float32; but for the vectors, which every device has
-    assert 0 < sent(weights) <= 1.1 * whole, "of weights"
-    check_one_reduction(gradients, whole)
+    whole = 8 * found["params_bytes"]  # in float32
+    weights, gradients = (sent([row for row in found["traffic"] if row["what"] == what]) for what in ("weights", "gradients"))
+    assert 0.4 * whole <= weights <= whole, f"{weights / whole:.2f} times the weights are sent, of which matrices are gathered in bfloat16"
+    assert 0.8 * whole <= gradients <= 1.1 * whole, f"{gradients / whole:.2f} times the gradients are sent, which scattering takes once"
 
 
 @on_both
