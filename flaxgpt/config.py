@@ -55,7 +55,7 @@ class GPTConfig(_Config):
     """The model: GPT-2's architecture, its size, and how it is initialised and computed."""
 
     vocab_size: int = 50257
-    """Tokens that there are. Training sets it to the tokenizer's size."""
+    """Number of tokens. Training sets it to the tokenizer's size."""
     context_length: int = 1024
     """Longest sequence the model sees, in tokens."""
     emb_dim: int = 768
@@ -220,10 +220,12 @@ class TrainConfig(_Config):
             raise InputError(f"emb_dim={self.model.emb_dim} is not divisible by fsdp={self.fsdp}")
         if self.model.n_heads % self.tensor:
             raise InputError(f"n_heads={self.model.n_heads} is not divisible by tensor={self.tensor}")
+
+    def check_vocabulary(self) -> None:
+        """InputError if the tensor axis does not divide the vocabulary, once that is known."""
         if self.model.padded_vocab % self.tensor:
-            raise InputError(
-                f"vocab_size={self.model.vocab_size} is not divisible by tensor={self.tensor}: pass --vocab-multiple {self.tensor}"
-            )
+            size = f"vocab_size={self.model.vocab_size}"
+            raise InputError(f"{size} is not divisible by tensor={self.tensor}: start the run with --vocab-multiple {self.tensor}")
 
     @property
     def window_stride(self) -> int:

@@ -173,7 +173,7 @@ def constrained(x: jax.Array, spec: P) -> jax.Array:
 
 
 def ways(axis: str, size: int) -> int:
-    """In how many parts a dimension of this size is split along an axis of the mesh in context; 1 if evenly it can't be."""
+    """In how many parts a dimension of this size is split along an axis of the mesh in context; 1 if it can't be split evenly."""
     parts = jax.sharding.get_abstract_mesh().shape.get(axis, 1)
     return parts if size % parts == 0 else 1
 

@@ -125,10 +125,10 @@ def accumulated(value_and_grad: Callable[..., Any], grad_accum_steps: int) -> Ca
 
 
 def _matrices_in(dtype: str, params: Params) -> Params:
-    """Parameters that go over the wire in the dtype that they are multiplied in; but embeddings, whose two gradients are added up."""
+    """The same parameters, matrices of the blocks in the dtype that they are multiplied in, as they go over the wire."""
 
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return x.astype(dtype) if path[-1].key == "kernel" else x
+        return x.astype(dtype) if path[0].key == "trf_blocks" and path[-1].key == "kernel" else x
 
     return jax.tree_util.tree_map_with_path(cast, params)
 

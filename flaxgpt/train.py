@@ -129,10 +129,10 @@ def describe_devices(cfg: TrainConfig, mesh: Mesh) -> str:
 
 
 def describe_choices(asked: TrainConfig, cfg: TrainConfig) -> str:
-    """What was left open and is now known, for the first line."""
+    """How weights are gathered, and what was left open and is now known, for the first line."""
     said = ""
-    if asked.gather == "auto" and cfg.fsdp > 1:
-        said += f", gather {cfg.gather} (the least traffic that fits)"
+    if cfg.fsdp > 1:
+        said += f", gather {cfg.gather}" + (" (the least traffic that fits)" if asked.gather == "auto" else "")
     if asked.grad_accum_steps == "auto":
         said += f", grad_accum_steps {cfg.grad_accum_steps} (the fewest that fit)"
     return said

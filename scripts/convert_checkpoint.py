@@ -14,6 +14,7 @@ from what is in it. TARGET is made, whole or not at all, and must not exist. Pic
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -49,7 +50,7 @@ class ConvertArgs:
 def main() -> None:
     """Parse the flags, open, write, say what there is to know."""
     args = tyro.cli(ConvertArgs, description=__doc__)
-    if not args.shard_gb > 0:
+    if not 0 < args.shard_gb < math.inf:
         raise InputError(f"shard_gb={args.shard_gb}: expected a positive number")
 
     from flaxgpt.convert.files import check_target

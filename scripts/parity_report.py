@@ -117,6 +117,7 @@ def main() -> None:
     cfg, weights, moments, source = _model(args)
     computed = {name: value for name in _COMPUTED if (value := getattr(args, name)) is not None}
     cfg = cfg.replace(fsdp=args.fsdp, tensor=args.tensor, gather=args.gather, model=cfg.model.replace(**computed))
+    cfg.check_vocabulary()
     shards = args.data * args.fsdp
     batch = max(2, shards) if args.batch is None else args.batch
     if batch % shards:

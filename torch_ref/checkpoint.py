@@ -104,13 +104,21 @@ def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], An
         optimizer, loaded = loaded.get("optimizer_state_dict"), loaded["model_state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in loaded.items()):
         raise InputError(f"{path} holds no state_dict: expected names and tensors")
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    others = {name: v for name, v in loaded.items() if not is_mask(name) and (v.dtype not in kinds or v.layout != torch.strided)}
+    if others:
+        named = ", ".join(f"{name} is {v.layout} of {v.dtype}".replace("torch.", "") for name, v in others.items())
+        raise InputError(f"{path} has tensors that are not plain floating-point numbers: {named}")
     return loaded, about, optimizer
 
 
 def write_pickle(path: Path, tensors: Mapping[str, np.ndarray], key: str, about: Mapping[str, Any]) -> None:
     """`torch.save` of {key: the state_dict, **about}; an array that has several names is saved once."""
     once = {id(array): torch.from_numpy(array) for array in tensors.values()}
-    torch.save({key: {name: once[id(array)] for name, array in tensors.items()}, **about}, path)
+    try:
+        torch.save({key: {name: once[id(array)] for name, array in tensors.items()}, **about}, path)
+    except RuntimeError as error:  # what torch makes of a disk that is full
+        raise OSError(_short(error)) from None
 
 
 def to_numpy(tree: Any) -> Any:
@@ -146,7 +154,10 @@ def main() -> None:
         json.dumps(about)
     except (TypeError, ValueError):
         raise InputError(f"{source} describes its model by what is no plain value: {_short(about)}") from None
-    write_tensors(target, to_numpy(tensors), about)
+    try:
+        write_tensors(target, to_numpy(tensors), about)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"can't copy {source} to {target.parent} ({_short(error)}): TMPDIR names another folder") from None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from flaxgpt.convert.files import CONFIG, INDEX
@@ -31,7 +32,7 @@ def find_model(path_or_id: Path | str) -> Path:
         InputError: nothing is found under this name.
     """
     path = Path(path_or_id)
-    if path.exists():
+    if os.path.lexists(path) and path.exists():  # False where a name is too long to be one
         return path
     name = SHORT.get(str(path_or_id), str(path_or_id))
     try:
@@ -49,7 +50,7 @@ def find_model(path_or_id: Path | str) -> Path:
         reason = f"and the hub has no model {name}, or none that you may read"
     except errors.LocalEntryNotFoundError:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub can't be reached"
-        reason = f"{name} is not in the hub's cache, and {why}"
+        reason = f"and {name} is not in the hub's cache, and {why}"
     except (OSError, ValueError, errors.EntryNotFoundError) as error:
         reason = f"and {name} can't be had from the hub ({error})"
     raise InputError(f"there is no file or folder {path}, {reason}")

@@ -85,7 +85,7 @@ def config_from_huggingface(values: Mapping[str, Any]) -> GPTConfig:
     for key, allowed in _FIXED.items():
         if (value := values.get(key, allowed[0])) not in allowed:
             faults.append(f"{key} is {value!r}, expected {' or '.join(map(repr, allowed))}")
-    if (activation := values.get("activation_function", "gelu_new")) not in _ACTIVATIONS:
+    if (activation := values.get("activation_function", "gelu_new")) not in [*_ACTIVATIONS]:  # a list, since a value may be anything
         faults.append(f"activation_function is {activation!r}, expected {' or '.join(map(repr, _ACTIVATIONS))}")
     if values.get("n_inner") is not None and values["n_inner"] != 4 * (values.get("n_embd") or 0):
         faults.append(f"n_inner is {values['n_inner']!r}, expected 4 n_embd")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from flaxgpt.config import GPTConfig
+from flaxgpt.errors import InputError
 
 
 def _always(_: GPTConfig) -> bool:
@@ -108,8 +109,16 @@ class Layout(NamedTuple):
         return row.third if self.names_column == "huggingface" else None
 
     def full_names(self, keys: Iterable[str]) -> dict[str, str]:
-        """Full name -> key as it is there, perhaps without prefixes or with that of torch.compile; causal masks are left out."""
+        """Full name -> key as it is there, perhaps without prefixes or with that of torch.compile; causal masks are left out.
+
+        Raises:
+            InputError: a tensor is there under both names.
+        """
+        keys = [*keys]
         names = {key.removeprefix("_orig_mod."): key for key in keys}
+        if len(names) < len(keys):
+            twice = [key for key in keys if key not in names.values()]
+            raise InputError(f"the state_dict has tensors twice, with and without _orig_mod.: {', '.join(twice)}")
         if not any(name.startswith(self.prefix) for name in names):
             names = {name if name == getattr(HEAD, self.names_column) else self.prefix + name: key for name, key in names.items()}
         return {name: key for name, key in names.items() if not is_mask(name)}

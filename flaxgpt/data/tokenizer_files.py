@@ -150,7 +150,17 @@ def _meaning(values: dict[str, Any]) -> tuple[Any, ...]:
     if model.get("type") == "WordLevel":
         return tokens, values["normalizer"], before, values["decoder"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    return tokens, merges, values["normalizer"], before["type"], before["add_prefix_space"], before.get("use_regex", True)
+    adds = None if (after := values.get("post_processor")) is None or after["type"] == "ByteLevel" else after  # tokens around a text
+    return (
+        tokens,
+        merges,
+        adds,
+        model.get("dropout"),
+        values["normalizer"],
+        before["type"],
+        before["add_prefix_space"],
+        before.get("use_regex", True),
+    )
 
 
 def _merges(text: str) -> list[str]:

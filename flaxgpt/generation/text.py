@@ -53,7 +53,7 @@ def complete_text(
 ) -> list[Text]:
     """Continue each prompt, all in one batch; `num_samples` continuations of one prompt are next to each other.
 
-    The tokenizer is the one that the model was trained with; of a padded vocabulary, tokens that it has not are never chosen.
+    The tokenizer is the one that the model was trained with; of a padded vocabulary, tokens that the tokenizer lacks are never chosen.
     Prompts are of any lengths, none of them empty; the text ends before the first of the `stop` strings. The other arguments are
     those of `flaxgpt.generation.generate.complete`.
 

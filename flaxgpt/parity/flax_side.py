@@ -195,7 +195,8 @@ def _adamw(params: Params, grads: Params, mu: Params, nu: Params, step: int, cfg
 
 @functools.cache
 def _jitted_step(cfg: TrainConfig, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The very step that training runs."""
+    """The very step that training runs; `gather` is not looked for here."""
+    cfg = cfg.replace(gather="layer") if cfg.gather == "auto" else cfg
     return within(compute_mesh(mesh, cfg.gather), jit_train_step(cfg, make_optimizer(cfg), mesh))
 
 

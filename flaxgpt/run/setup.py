@@ -57,6 +57,7 @@ def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite:
     model = cfg.model.replace(vocab_size=corpus.tokenizer.vocab_size)
     cfg = cfg.replace(model=model, decay_steps=cfg.total_decay_steps, prompt=cfg.prompt or _opening_words(corpus))
     corpus.tokenizer.encode(cfg.prompt)
+    cfg.check_vocabulary()
     if resume:
         saved, new = (_flat(config) for config in (load_config(out_dir), cfg))
         if changed := [name for name in saved if saved[name] != new[name] and name not in CHANGEABLE]:

@@ -58,6 +58,8 @@ def open_source(path_or_id: Path | str, *, n_heads: int | None = None, meta: Pat
     path = find_model(path_or_id)
     if path.is_dir() and not (path / CONFIG).exists() and (path / NANOGPT_FILE).is_file():
         path = path / NANOGPT_FILE
+    if path.is_dir() and n_heads is not None:
+        raise InputError(f"n_heads={n_heads}: {path} has its own config; leave it out")
     source = _open_folder(path) if path.is_dir() else _open_file(path, n_heads, meta)
     if meta:
         source = source._replace(tokenizer=read_meta(meta))
