@@ -263,6 +263,20 @@ def test_what_is_no_vocabulary_of_nanogpt_is_refused(tmp_path, content):
         read_meta(tmp_path / "meta.pkl")
 
 
+def test_what_would_be_rounded_or_overwritten_is_said(call, file, tmp_path):
+    wide = {name: tensor.astype(np.float64) for name, tensor in load_file(file).items()}
+    with safe_open(file, "np") as opened:
+        metadata = opened.metadata()
+    save_file(wide, tmp_path / "wide.safetensors", metadata)
+    code, out, _ = call(convert_checkpoint, tmp_path / "wide.safetensors", tmp_path / "out", "--to", "safetensors")
+    assert code == 0
+    assert "float64 tensors were rounded to float32: final_norm.scale" in out
+    save_file({"_orig_mod.tok_emb.weight": wide["tok_emb.weight"], **wide}, tmp_path / "twice.safetensors", metadata)
+    refused(
+        call(convert_checkpoint, tmp_path / "twice.safetensors", "x", "--to", "run"), "twice, with and without _orig_mod.: _orig_mod.tok"
+    )
+
+
 def test_a_vocabulary_of_nanogpt_comes_in_and_goes_out(tmp_path):
     nanogpt.save_meta(tmp_path / "meta.pkl", TEXT)
     assert read_meta(tmp_path / "meta.pkl").chars == TEXT
@@ -284,12 +298,19 @@ def test_a_vocabulary_of_nanogpt_comes_in_and_goes_out(tmp_path):
         (lambda path: torch.save({"model": {}, "model_args": {"n_layer": torch.ones(1)}}, path), "by what is no plain value"),
         (lambda path: torch.save({"model": {}, "model_args": {"n_layer": 2}}, path), "no n_head; no n_embd"),
         (lambda path: torch.save({"lm_head.weight": torch.ones(2, 2), "wte.weight": torch.ones(2, 2)}, path), "in a folder with a config"),
+        (lambda path: torch.save({"wte.weight": torch.ones(2, 2).to_sparse()}, path), "wte.weight is sparse_coo of float32"),
+        (
+            lambda path: torch.save({"wte.weight": torch.ones(2, dtype=torch.int8)}, path),
+            "spoilt has tensors .* wte.weight is strided of int8",
+        ),
+        (lambda path: torch.save({"h": torch.ones(1), "f": os.getcwd}, path), r"would run \w+\.getcwd"),
+        (lambda path: torch.save({"_orig_mod.tok_emb.weight": torch.ones(1), "tok_emb.weight": torch.ones(1)}, path), "attention heads"),
         (lambda path: save_file({"x": np.ones(2, np.float32)}, path), "neither a state_dict of the reference nor .*: it has x"),
-        (lambda path: save_file(load_file(path), path, {"flaxgpt": "["}), "metadata for flaxgpt that are damaged"),
+        (lambda path: save_file(load_file(path), path, {"flaxgpt": "["}), "describes its model by damaged metadata"),
         (lambda path: save_file(load_file(path), path, {"flaxgpt": '{"config": {"width": 3}}'}), "unknown GPTConfig fields"),
         (lambda path: save_file({**load_file(path), "tok_emb.x": np.ones(1)}, path, {"flaxgpt": '{"config": {}}'}), "unknown: tok_emb.x"),
     ],
-    ids=range(11),
+    ids=range(15),
 )
 def test_what_is_wrong_with_a_file_is_one_line(call, file, tmp_path, make, pattern):
     path = tmp_path / "spoilt"

@@ -72,6 +72,8 @@ def main() -> None:
 
         source = source._replace(params=load_params(source))
     notes = export(source, args.target, args.to, shard_bytes=int(args.shard_gb * 1e9), write_pickle=write_pickle)
+    if source.rounded:
+        notes = [*notes, f"float64 tensors were rounded to float32: {', '.join(source.rounded)}"]
     print(f"{args.source} -> {args.target}", *notes, sep="\n")
 
 

@@ -98,7 +98,8 @@ def main() -> None:
     if args.init_from is not None:
         params, model, tokenizer = load(args.init_from)
         if tokenizer is None:
-            raise InputError(f"it is not known what the tokens of {args.init_from} mean: see convert_checkpoint.py --meta")
+            remedy = "convert_checkpoint.py --to run --meta meta.pkl makes a run folder that says so"
+            raise InputError(f"it is not known what the tokens of {args.init_from} mean: {remedy}")
         default_prompt = tokenizer.separator
     else:
         params, cfg, tokenizer = load_run(args.checkpoint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -141,6 +142,9 @@ def to_tensors(tree: Any) -> Any:
 
 
 def _short(error: object) -> str:
+    """The start of a message, or the name of what `weights_only` would have had to run."""
+    if code := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it would run {code[1]}"
     return " ".join(str(error).split())[:120]
 
 

@@ -44,6 +44,7 @@ class Tensors(Mapping[str, "Tensor"]):
         """
         self._tensors: dict[str, Tensor] = {}
         self.metadata: dict[str, str] = {}
+        self.rounded: tuple[str, ...] = ()  # names of float64 tensors, which parameters are not
         for path in paths:
             try:
                 with safe_open(path, "np") as file:
@@ -52,6 +53,7 @@ class Tensors(Mapping[str, "Tensor"]):
                     self.file = File(path)
                     self._tensors |= {name: Tensor(self.file, name, tuple(part.get_shape())) for name, part in slices.items()}
                     self.metadata |= file.metadata() or {}
+                    self.rounded += tuple(name for name, kind in kinds.items() if kind == "F64" and not is_mask(name))
             except (SafetensorError, OSError) as error:
                 raise InputError(f"{path} is damaged or can't be read ({error})") from None
             others = [f"{name} is {kind}" for name, kind in kinds.items() if kind not in _KINDS and not is_mask(name)]
@@ -152,7 +154,7 @@ def check_target(target: Path) -> None:
     Raises:
         InputError: it exists, or the folder that it is to be in does not.
     """
-    if target.exists() or target.is_symlink():
+    if os.path.lexists(target):
         raise InputError(f"{target} exists: choose another target")
     if not os.access(target.absolute().parent, os.W_OK):
         raise InputError(f"can't write {target}: there is no folder {target.absolute().parent}, or it is not writable")
@@ -224,6 +226,8 @@ def _weight_files(folder: Path) -> list[Path]:
         shards = read_json(folder / INDEX).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise InputError(f"can't read {folder / INDEX} (it has no weight_map)")
+        if outside := sorted({shard for shard in shards.values() if Path(shard).name != shard}):
+            raise InputError(f"can't read {folder / INDEX} (it names {', '.join(outside)}, outside its folder)")
         paths = [folder / shard for shard in sorted(set(shards.values()))]
         if missing := [path.name for path in paths if not path.is_file()]:
             raise InputError(f"{folder} lacks {', '.join(missing)}, which its {INDEX} names")

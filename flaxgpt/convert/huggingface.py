@@ -81,6 +81,8 @@ def config_from_huggingface(values: Mapping[str, Any]) -> GPTConfig:
         InputError: naming every value with which it is another model. The three rates of dropout must be equal: there is one here.
     """
     values = {"n_positions": values.get("n_ctx")} | dict(values)  # older files have both names
+    if (kind := values.get("model_type")) not in (None, "gpt2"):  # of which nothing else is to be expected
+        raise InputError(f"not a GPT-2 that flaxgpt computes: model_type is {kind!r}, expected 'gpt2'")
     faults = [f"no {key}" for key in ("model_type", *_SAME.values()) if values.get(key) is None]
     for key, allowed in _FIXED.items():
         if (value := values.get(key, allowed[0])) not in allowed:

@@ -34,6 +34,7 @@ class Source(NamedTuple):
         params: its parameters, each read where it is indexed (see `flaxgpt.convert.layout.Parameter`); None if it is a run folder of
             train_jax.py, whose checkpoints `flaxgpt.checkpoint` reads.
         run: what it was trained with, of a run folder.
+        rounded: tensors that are float64 in the file, and are read as float32.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Source(NamedTuple):
     tokenizer: Tokenizer | None
     params: Params | None
     run: TrainConfig | None = None
+    rounded: tuple[str, ...] = ()
 
 
 def open_source(path_or_id: Path | str, *, n_heads: int | None = None, meta: Path | None = None) -> Source:
@@ -84,7 +86,8 @@ def _open_folder(folder: Path) -> Source:
     if "model" in values:  # as a run's config.json has it
         return open_run(folder)
     cfg = config_from_huggingface(values)
-    return Source(folder, cfg, read_tokenizer(folder, cfg.vocab_size), open_params(Tensors.of_folder(folder), cfg, HUGGINGFACE))
+    tensors, tokenizer = Tensors.of_folder(folder), read_tokenizer(folder, cfg.vocab_size)
+    return Source(folder, cfg, tokenizer, open_params(tensors, cfg, HUGGINGFACE), rounded=tensors.rounded)
 
 
 def _open_file(path: Path, n_heads: int | None, meta: Path | None) -> Source:
@@ -96,7 +99,7 @@ def _open_file(path: Path, n_heads: int | None, meta: Path | None) -> Source:
         cfg = config_from_nanogpt(about["model_args"])
         beside = path.with_name(META)
         tokenizer = read_meta(beside) if meta is None and beside.is_file() else guess_tokenizer(cfg.vocab_size)
-        return Source(path, cfg, tokenizer, open_params(tensors, cfg, NANOGPT))
+        return Source(path, cfg, tokenizer, open_params(tensors, cfg, NANOGPT), rounded=tensors.rounded)
     if not any("tok_emb." in name for name in tensors):
         hint = " (those of Hugging Face come in a folder with a config.json)" if any("wte." in name for name in tensors) else ""
         names = ", ".join([*tensors][:3])
@@ -112,7 +115,7 @@ def _open_file(path: Path, n_heads: int | None, meta: Path | None) -> Source:
     else:
         cfg = infer_config({name: tensors[key] for name, key in REFERENCE.full_names(tensors).items()}, n_heads)
         tokenizer = guess_tokenizer(cfg.vocab_size)
-    return Source(path, cfg, tokenizer, open_params(tensors, cfg, REFERENCE))
+    return Source(path, cfg, tokenizer, open_params(tensors, cfg, REFERENCE), rounded=tensors.rounded)
 
 
 def _is_pickle(path: Path) -> bool:
@@ -132,7 +135,7 @@ def _about(tensors: Tensors, path: Path) -> dict[str, Any]:
     except ValueError:
         valid = False
     if not valid or (about and not {"config", "model_args"} & set(about)):
-        raise InputError(f"{path} has metadata for flaxgpt that are damaged")
+        raise InputError(f"{path} describes its model by damaged metadata")
     return about
 
 
