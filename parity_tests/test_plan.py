@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import plan as script
@@ -470,6 +471,19 @@ def test_tables_of_plans_are_read_at_80_columns_and_say_what_can_not_be_trained(
     assert "the devices of 64 hosts: this can be compiled, but training on several hosts isn't supported yet" in notes
     report.show(small_plan(), None)
     assert "hosts" not in capsys.readouterr().out
+    row = Traffic("collective-permute", "weights or gradients", "bf16", "microbatch loop", 256, 123_456, 999.99e9)
+    print_table = report.Console(width=80).print
+    print_table(report.traffic_table(dataclasses.replace(plan, traffic=(row,))))
+    said = capsys.readouterr().out
+    assert all(whole in said for whole in ("collective-permute", "sent by a device", "123,456", "999.99 GB")), said
+
+
+@pytest.mark.parametrize(
+    ("chip", "count", "hosts"), [("tpu:v5e", 8, 1), ("tpu:v5e", 16, 4), ("tpu:v5p", 4, 1), ("tpu:v5p", 8, 2), ("tpu:v6e", 8, 1)]
+)
+def test_a_slice_is_of_one_host_as_long_as_one_holds_it(chip, count, hosts):
+    devices = tuple(SimpleNamespace(process_index=i // 4) for i in range(count))  # as libtpu describes slices
+    assert targets._hosts(devices, CHIPS[chip]) == hosts
 
 
 @pytest.mark.parametrize(

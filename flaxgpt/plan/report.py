@@ -79,11 +79,12 @@ def memory_table(plan: Plan) -> Table:
 def traffic_table(plan: Plan) -> Table:
     """What crosses the wire in an update."""
     table = Table("collective", "of", "dtype", "where", "devices", "an update", "sent", box=None, padding=(0, 2, 0, 0))
+    table.columns[0].no_wrap = True
     for column in table.columns[4:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for row in plan.traffic:
         table.add_row(row.kind, row.what, row.dtype, row.place, f"{row.group}", f"{row.times:,}", _sent(row.wire_bytes))
-    table.add_row("all, sent by each device", "", "", "", "", f"{sum(row.times for row in plan.traffic):,}", _sent(plan.wire_bytes))
+    table.add_row("sent by a device", "", "", "", "", f"{sum(row.times for row in plan.traffic):,}", _sent(plan.wire_bytes))
     table.add_row("", "", "", "", "", "", "")
     return table
 

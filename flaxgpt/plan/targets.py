@@ -24,7 +24,7 @@ class Chip:
         flops: operations a second in matrix products, by the dtype of what is multiplied.
         bandwidth: bytes a second between the chip and its memory.
         link: bytes a second that it sends to its neighbours, over all links, in one direction.
-        host: how many are attached to one host at most.
+        host: how many a single host has at most; slices of several hosts have four on each.
         source: where the figures are from.
     """
 
@@ -97,7 +97,7 @@ def find_target(name: str) -> Target:
         return Target(name, devices, int(chip.memory * fraction), chip, hosts=1)
     if (found := re.fullmatch(r"(tpu:\w+):(\d+(?:x\d+)+)", name)) and found[1] in CHIPS:
         devices, chip = _tpus(found[1], found[2]), CHIPS[found[1]]
-        return Target(name, devices, chip.memory, chip, hosts=-(-len(devices) // chip.host))
+        return Target(name, devices, chip.memory, chip, hosts=_hosts(devices, chip))
     raise InputError(f"unknown target {name!r}; the targets are {EXAMPLES}")
 
 
@@ -111,6 +111,11 @@ def present(devices: list[jax.Device]) -> Target:
     chips = sorted(CHIPS.values(), key=lambda chip: len(chip.kind), reverse=True)  # "TPU v5 lite" before "TPU v5"
     chip = next((chip for chip in chips if kind.startswith(chip.kind)), None)
     return Target("here", tuple(devices), memory, chip, hosts=len({device.process_index for device in devices}))
+
+
+def _hosts(devices: tuple[jax.Device, ...], chip: Chip) -> int:
+    """Of a slice that is described as hosts of 2x2 chips, which is so unless one larger host holds all of it."""
+    return 1 if len(devices) <= chip.host else len({device.process_index for device in devices})
 
 
 def _fraction() -> float:
