@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import plan as script
@@ -17,13 +18,15 @@ from conftest import SMALL, refused, refused_by_tyro
 from flaxgpt.config import TrainConfig
 from flaxgpt.errors import InputError
 from flaxgpt.plan import plan as plans
-from flaxgpt.plan import targets
-from flaxgpt.plan.hlo import Collective, read_program
+from flaxgpt.plan import report, targets
+from flaxgpt.plan.hlo import Collective, Program, read_program
 from flaxgpt.plan.plan import (
     Plan,
     Traffic,
+    bounds,
     doubts,
     fewest_microbatches,
+    left_out,
     make_plan,
     meshes_of,
     model_flops,
@@ -58,7 +61,7 @@ for cfg in map(TrainConfig.from_dict, json.loads(sys.argv[1])):
     print(json.dumps([[plan.to_dict() for plan in options(cfg, target)], held(state.params), held((adam.mu, adam.nu))]))
 """
 
-SPLIT = RUN.replace(fsdp=4, grad_accum_steps=2, gather="auto")
+SPLIT = RUN.replace(batch_size=48, fsdp=4, grad_accum_steps=2, gather="auto")  # 3 rows: no activation is as large as a parameter
 MEGATRON = RUN.replace(batch_size=12, fsdp=2, tensor=2, model=SMALL.replace(vocab_multiple=4))
 
 
@@ -325,10 +328,13 @@ def test_the_plan_as_json_and_the_program_as_text_say_the_same(call, tmp_path):
     assert plan["grad_accum_steps"] == 1
 
 
-def test_a_sweep_ranks_the_meshes_that_fit(call):
-    code, out, err = call(script, *SMALL_FLAGS, "--sweep", "--json")
+def test_a_sweep_ranks_the_meshes_that_fit_and_writes_the_best_program(call, tmp_path):
+    code, out, err = call(script, *SMALL_FLAGS, "--sweep", "--json", "--hlo", tmp_path / "best.hlo")
     assert code == 0, err
-    assert [plan["mesh"]["fsdp"] for plan in json.loads(out)] == [1]
+    [best] = json.loads(out)
+    assert best["mesh"]["fsdp"] == 1
+    assert best["program_flops"] == sum(read_program((tmp_path / "best.hlo").read_text()).flops.values())
+    assert sorted(path.name for path in tmp_path.glob("best*")) == ["best.hlo"]
     assert "fsdp 1, tensor 1, gather layer: grad_accum_steps 1" in err
 
 
@@ -339,6 +345,65 @@ def test_a_sweep_ranks_the_meshes_that_fit(call):
 def test_meshes_are_those_that_divide_the_devices_and_the_model(vocab_multiple, meshes, target):
     machine = dataclasses.replace(target, devices=target.devices * 8)
     assert meshes_of(RUN.replace(model=SMALL.replace(vocab_multiple=vocab_multiple)), machine) == meshes
+
+
+def test_meshes_that_the_model_rules_out_are_named_with_the_flag_that_allows_them(target):
+    machine = dataclasses.replace(target, devices=target.devices * 8)
+    assert left_out(RUN, machine) == (
+        "left out: tensor 2, 4 (does not divide the vocabulary of 97; --vocab-multiple 4 would allow it); "
+        "tensor 8 (does not divide the 4 heads)"
+    )
+    allowed = RUN.replace(model=SMALL.replace(vocab_multiple=4, n_heads=8))
+    assert left_out(allowed, machine) == "left out: tensor 8 (does not divide the vocabulary of 100; --vocab-multiple 8 would allow it)"
+    assert left_out(RUN, target) == ""
+
+
+def test_a_batch_that_no_mesh_can_share_is_called_indivisible_and_not_too_large(target, monkeypatch):
+    monkeypatch.setattr(plans, "make_plan", lambda cfg, _: dataclasses.replace(small_plan(), mesh={"tensor": cfg.tensor}))
+    machine = dataclasses.replace(target, devices=target.devices * 8)
+    cfg = RUN.replace(batch_size=10, grad_accum_steps="auto", model=SMALL.replace(vocab_multiple=4))
+    with pytest.raises(InputError, match=r"batch_size=10 can't be split evenly .* expected a multiple of 8"):
+        settle(cfg, machine)
+    found = [(run.tensor, said) for run, said in plans.try_meshes(cfg, machine)]
+    assert {type(said) for tensor, said in found if tensor == 4} == {Plan}, "two shards of rows divide a batch of 10"
+    skipped = {said for tensor, said in found if tensor < 4}
+    assert len(skipped) == 2
+    assert all("can't be split evenly" in said for said in skipped)
+
+
+def test_what_has_failed_is_not_compiled_again_and_uneven_meshes_are_not_tried(target, monkeypatch):
+    tried = []
+    monkeypatch.setattr(plans, "fitting", lambda cfg, _: tried.append((cfg.fsdp, cfg.tensor, cfg.gather, cfg.grad_accum_steps)))
+    machine = dataclasses.replace(target, devices=target.devices * 8)
+    cfg = RUN.replace(batch_size=20, fsdp=1, tensor=2, gather="auto", model=SMALL.replace(vocab_multiple=4))
+    assert plans.smallest_that_fits(cfg, machine) is None
+    assert tried[0] == (1, 2, "layer", 5), "with one microbatch it has just failed"
+    assert {tensor for _, tensor, _, _ in tried} == {2, 4}, "20 rows can't be shared by 8"
+    tried.clear()
+    plans.smallest_that_fits(cfg.replace(grad_accum_steps="auto"), machine)
+    assert (1, 2) not in {(fsdp, tensor) for fsdp, tensor, _, _ in tried}, "auto has tried every number of microbatches"
+
+
+def test_a_tensor_axis_divides_the_weights_that_a_device_reads(target):
+    one = RUN.replace(model=SMALL.replace(vocab_multiple=4), grad_accum_steps=4)
+    nothing, chip = Program((), (), frozenset(), ()), CHIPS["gpu:h100"]
+    read = [bounds(cfg, nothing, chip, 0).memory * chip.bandwidth for cfg in (one, one.replace(tensor=4))]
+    weights = 4 * (2 * 12 * 32 * 32 + 32 * 100)  # bytes of the matrices and the head
+    assert read == pytest.approx([2 * 4 * weights, 2 * 4 * weights / 4])
+
+
+def test_sizes_that_are_those_of_parameters_and_activations_are_doubted(target):
+    cfg = RUN.replace(batch_size=4, tensor=2, model=SMALL.replace(vocab_multiple=2))
+    mesh = plan_mesh(cfg, dataclasses.replace(target, devices=target.devices * 8))
+
+    def doubted(cfg: TrainConfig, *shapes: tuple[int, ...]) -> list[str]:
+        moved = Collective("all-reduce", tuple(("f32", shape) for shape in shapes), 0.0, 2, (2,), "")
+        return [said for said in doubts(Program((moved,), (), frozenset(), ()), cfg, mesh, "plain", 16) if "can be either" in said]
+
+    [said] = doubted(cfg, (16, 32))
+    assert said == "1 collectives of weights or gradients may be of activations: arrays of 512 elements can be either"
+    assert not doubted(cfg, (16, 32), (98, 32)), "with another parameter's gradient it is a gradient"
+    assert not doubted(cfg.replace(batch_size=12), (16, 32)), "three rows are as large as no parameter"
 
 
 def test_what_was_chosen_is_looked_for_in_the_program(target):
@@ -361,6 +426,80 @@ def test_a_plan_that_does_not_fit_says_the_smallest_that_does(call, target, monk
     code, out, err = call(script, *SMALL_FLAGS)
     assert code == 2
     assert "the smallest change that fits is --gather layer --grad-accum-steps 4" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("sweep", [(), ("--sweep",)])
+@pytest.mark.parametrize(("path", "why"), [("", "it is a folder"), ("missing/step.hlo", "No such file")])
+def test_a_program_that_could_not_be_written_is_not_compiled(call, tmp_path, monkeypatch, sweep, path, why):
+    monkeypatch.setattr(plans, "make_plan", lambda *_: pytest.fail("compiled"))
+    refused(call(script, *SMALL_FLAGS, *sweep, "--hlo", tmp_path / path), f"can't be written: {why}")
+
+
+def test_float64_is_refused_as_in_training(call, tmp_path):
+    planned, trained = call(script, "--dtype", "float64"), call(train_jax, "--out-dir", tmp_path / "run", "--dtype", "float64")
+    refused(planned, "dtype=float64")
+    assert planned == trained
+
+
+@pytest.mark.parametrize("share", ["abc", "0", "nan", "inf"])
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_a_share_of_memory_that_is_none_is_refused_before_jax_reads_it(call, monkeypatch, name, share):
+    monkeypatch.setenv(name, share)
+    monkeypatch.setattr(jax, "devices", lambda: pytest.fail("JAX was asked for its devices"))
+    refused(call(script), f"{name}='{share}': expected a share")
+
+
+def test_a_share_of_memory_is_three_quarters_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert targets._fraction() == 0.75
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert targets._fraction() == 0.9
+
+
+def test_tables_of_plans_are_read_at_80_columns_and_say_what_can_not_be_trained(capsys):
+    large = {"mesh": {"data": 256, "fsdp": 1, "tensor": 1}, "gather": "update", "batch_size": 512, "grad_accum_steps": 512, "hosts": 64}
+    traffic = (Traffic("all-reduce", "gradients", "f32", "outside", 4, 1, 999.99e9),)
+    plan = dataclasses.replace(
+        small_plan(), **large, peak_bytes=999 * 2**30, traffic=traffic, seconds=plans.Seconds(123.45, 123.45, 123.45)
+    )
+    report.show_ranking([plan], CHIPS["tpu:v5e"])
+    table, _, notes = capsys.readouterr().out.partition("\n\n")
+    assert "256x1x1" in table
+    assert "999.00 GiB" in table
+    assert max(map(len, table.splitlines())) <= 80, table
+    assert "the devices of 64 hosts: this can be compiled, but training on several hosts isn't supported yet" in notes
+    report.show(small_plan(), None)
+    assert "hosts" not in capsys.readouterr().out
+    row = Traffic("collective-permute", "weights or gradients", "bf16", "microbatch loop", 256, 123_456, 999.99e9)
+    print_table = report.Console(width=80).print
+    print_table(report.traffic_table(dataclasses.replace(plan, traffic=(row,))))
+    said = capsys.readouterr().out
+    assert all(whole in said for whole in ("collective-permute", "sent by a device", "123,456", "999.99 GB")), said
+
+
+@pytest.mark.parametrize(
+    ("chip", "count", "hosts"), [("tpu:v5e", 8, 1), ("tpu:v5e", 16, 4), ("tpu:v5p", 4, 1), ("tpu:v5p", 8, 2), ("tpu:v6e", 8, 1)]
+)
+def test_a_slice_is_of_one_host_as_long_as_one_holds_it(chip, count, hosts):
+    devices = tuple(SimpleNamespace(process_index=i // 4) for i in range(count))  # as libtpu describes slices
+    assert targets._hosts(devices, CHIPS[chip]) == hosts
+
+
+@pytest.mark.parametrize(
+    ("scaled", "said"),
+    [
+        (report._memory(0), "0 B"),
+        (report._memory(1023), "1,023 B"),
+        (report._memory(59_648), "58.25 KiB"),
+        (report._memory(3 * 2**50), "3,072.00 TiB"),
+        (report._sent(999), "999 B"),
+        (report._sent(24_580), "24.58 kB"),
+        (report._flop(11.02e6), "11.02 MFLOP"),
+    ],
+)
+def test_a_unit_is_chosen_by_size(scaled, said):
+    assert scaled == said
 
 
 @pytest.mark.parametrize("name", ["there", "gpu:h100x9", "gpu:h100", "tpu:v5e", "tpu:v1:2x2", "gpu:b9x8"])
@@ -398,3 +537,4 @@ def test_devices_that_are_here_share_the_hosts_memory():
     here = find_target("here")
     assert here.memory == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.device_count()
     assert here.chip is None
+    assert here.hosts == 1

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 def main() -> None:
     """Parse the flags, compile, print what was found."""
     args = parse_plan(__doc__)
+    if args.config.model.dtype == "float64":
+        raise InputError("dtype=float64 is for comparisons (parity_report.py, replay.py): train in float32 or bfloat16")
+    if args.hlo:
+        check_writable(args.hlo)
 
     from flaxgpt.plan.plan import TooLargeError, options
     from flaxgpt.plan.report import show, show_options
@@ -53,20 +57,25 @@ def main() -> None:
 
 def sweep(args: PlanArgs, target: "Target") -> None:
     """Try the target's meshes, each with the fewest microbatches that fit, and rank what fits."""
-    from flaxgpt.plan.plan import rank, try_meshes
+    from flaxgpt.plan.plan import Plan, left_out, rank, try_meshes
     from flaxgpt.plan.report import show_ranking
 
-    plans = []
-    for run, plan in try_meshes(args.config, target):
-        found = f"grad_accum_steps {plan.grad_accum_steps}" if plan else "does not fit"
-        print(f"fsdp {run.fsdp}, tensor {run.tensor}, gather {run.gather}: {found}", file=sys.stderr)
-        plans += [plan] if plan else []
+    if missing := left_out(args.config, target):
+        print(missing, file=sys.stderr)
+    found = []
+    for run, tried in try_meshes(args.config, target):
+        found.append(tried)
+        said = f"grad_accum_steps {tried.grad_accum_steps}" if isinstance(tried, Plan) else tried
+        print(f"fsdp {run.fsdp}, tensor {run.tensor}, gather {run.gather}: {said}", file=sys.stderr)
+    plans = rank([tried for tried in found if isinstance(tried, Plan)])
     if not plans:
-        raise InputError(f"no mesh of {target.name} fits, with any number of microbatches: take more devices, or larger ones")
+        raise InputError(f"no mesh of {target.name} can be used: {'; '.join(dict.fromkeys(found))}")
+    if args.hlo:
+        write(args.hlo, plans[0].hlo)
     if args.json:
-        print(json.dumps([plan.to_dict() for plan in rank(plans)], indent=2))
+        print(json.dumps([plan.to_dict() for plan in plans], indent=2))
     else:
-        show_ranking(rank(plans), target.chip)
+        show_ranking(plans, target.chip)
 
 
 def advice(args: PlanArgs, target: "Target") -> str:
@@ -87,14 +96,30 @@ def advice(args: PlanArgs, target: "Target") -> str:
     return f"no mesh of {target.name} fits, with any number of microbatches: take more devices, or larger ones"
 
 
+def check_writable(path: Path) -> None:
+    """InputError if `write` would fail: said before minutes of compiling."""
+    if path.is_dir():
+        raise InputError(f"{path} can't be written: it is a folder")
+    try:
+        part = part_of(path)
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise InputError(f"{path} can't be written: {error.strerror}") from None
+
+
 def write(path: Path, text: str) -> None:
     """Write the compiled program, whole or not at all."""
     try:
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        part_of(path).write_text(text, encoding="utf-8")
+        part_of(path).replace(path)
     except OSError as error:
         raise InputError(f"{path} can't be written: {error.strerror}") from None
+
+
+def part_of(path: Path) -> Path:
+    """What it is called until it is whole."""
+    return path.with_name(f"{path.name}.part")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ class Seconds:
 
     Attributes:
         arithmetic: the program's products.
-        memory: parameters and moments read and written once, and the weights read forward and backward in each microbatch.
+        memory: parameters and moments read and written once, and the weights (a device's part of the tensor axis) read forward and backward
+            in each microbatch.
         interconnect: what a device sends, over all its links at once.
     """
 
@@ -103,6 +104,7 @@ class Plan:
         model_flops: of an update, by the model's shapes: forward and twice that backward, masked scores left out.
         program_flops: what the program does: also what it computes again, and masked scores where it computes them.
         seconds: bounds in time, where the chip's figures are known.
+        hosts: machines that the devices are attached to; training on more than one is not supported yet.
         compile_seconds: how long compiling took.
         hlo: the compiled program's text.
     """
@@ -127,6 +129,7 @@ class Plan:
     model_flops: float
     program_flops: float
     seconds: Seconds | None
+    hosts: int
     compile_seconds: float
     hlo: str = field(repr=False)
 
@@ -202,6 +205,7 @@ def make_plan(cfg: TrainConfig, target: Target) -> Plan:
         model_flops=model_flops(cfg),
         program_flops=sum(program.flops.values()) * mesh.size,
         seconds=bounds(cfg, program, target.chip, params + moments) if target.chip else None,
+        hosts=target.hosts,
         compile_seconds=seconds,
         hlo=text,
     )
@@ -270,7 +274,7 @@ def loss_chunk(cfg: TrainConfig, mesh: Mesh) -> int:
 
 
 def doubts(program: Program, cfg: TrainConfig, mesh: Mesh, attention: str, chunk: int) -> Iterator[str]:
-    """Where what was read is not what was chosen, or not sure."""
+    """Where the program differs from what was chosen, or could not be read with certainty."""
     if (found := attention_of(program)) != attention:
         yield f"{attention} attention was chosen, and the program has {found}"
     logits = rows_at_once(cfg, mesh) * chunk * cfg.model.padded_vocab // mesh.shape["tensor"]
@@ -278,6 +282,12 @@ def doubts(program: Program, cfg: TrainConfig, mesh: Mesh, attention: str, chunk
         yield f"the loss was to hold the logits of {chunk} positions of each row, and the program has no such product"
     if program.uncounted:
         yield f"the turns of {len(program.uncounted)} loops could not be read; what is in them is counted once"
+    sizes = weight_sizes(cfg, mesh)
+    both = sizes & activation_sizes(cfg, mesh)
+    named = [sizes.intersection(c.gathered) for c in program.collectives if what_moves(c, cfg, mesh, sizes) in PARAMETERS]
+    if unsure := [found for found in named if found and found <= both]:
+        same = ", ".join(f"{size:,}" for size in sorted(set().union(*unsure)))
+        yield f"{len(unsure)} collectives of weights or gradients may be of activations: arrays of {same} elements can be either"
 
 
 def attention_of(program: Program) -> str:
@@ -315,12 +325,13 @@ def what_moves(collective: Collective, cfg: TrainConfig, mesh: Mesh, sizes: set[
     gradients (added up). Of the permutes in which a TPU does either it can't be told which.
 
     An array of another size is tokens if it holds integers or booleans, numbers if it has fewer than one element for each token on a
-    device, and activations otherwise.
+    device, and activations otherwise. Where a parameter and an activation have the same size, `doubts` says so.
     """
+    weights, gradients, either = PARAMETERS
     if collective.kind == "collective-permute" and all(
         math.prod(dims) in sizes or _is_strip(dims, cfg, mesh) for _, dims in collective.arrays
     ):
-        return "weights or gradients"
+        return either
     arrays = [(dtype, size) for (dtype, _), size in zip(collective.arrays, collective.gathered, strict=True)]
     other = [(dtype, size) for dtype, size in arrays if "f" not in dtype or size not in sizes]  # all floating dtypes have an f, no other
     large = [dtype for dtype, size in other if size >= rows_at_once(cfg, mesh) * cfg.model.context_length]
@@ -328,7 +339,20 @@ def what_moves(collective: Collective, cfg: TrainConfig, mesh: Mesh, sizes: set[
         return "activations" if any("f" in dtype for dtype in large) else "tokens"
     if len(other) == len(arrays):
         return "numbers"
-    return "gradients" if "reduce" in collective.kind else "weights"
+    return gradients if "reduce" in collective.kind else weights
+
+
+PARAMETERS = ("weights", "gradients", "weights or gradients")
+
+
+def activation_sizes(cfg: TrainConfig, mesh: Mesh) -> set[int]:
+    """Elements of what a device can hold for its tokens, those of a chunk of the loss or all: a number, the width, the feed-forward units
+    or the logits of each, whole or split over the tensor axis.
+    """
+    rows, model = rows_at_once(cfg, mesh), cfg.model
+    widths = (model.emb_dim, 4 * model.emb_dim, model.padded_vocab)
+    each = {1, *widths, *(width // cfg.tensor for width in widths)}
+    return {rows * positions * n for positions in (model.context_length, loss_chunk(cfg, mesh)) for n in each}
 
 
 def weight_sizes(cfg: TrainConfig, mesh: Mesh) -> set[int]:
@@ -358,7 +382,7 @@ def _is_strip(dims: tuple[int, ...], cfg: TrainConfig, mesh: Mesh) -> bool:
 
 def bounds(cfg: TrainConfig, program: Program, chip: Chip, held_bytes: int) -> Seconds:
     """Lower bounds in time from a chip's published peaks."""
-    read = 2 * cfg.grad_accum_steps * jnp.dtype(cfg.model.dtype).itemsize * _multiplying_weights(cfg)
+    read = 2 * cfg.grad_accum_steps * jnp.dtype(cfg.model.dtype).itemsize * _multiplying_weights(cfg) / cfg.tensor
     return Seconds(
         arithmetic=sum(flops / chip.flops.get(dtype, max(chip.flops.values())) for dtype, flops in program.flops.items()),
         memory=(2 * held_bytes + read) / chip.bandwidth,
@@ -429,11 +453,16 @@ def fitting(cfg: TrainConfig, target: Target) -> Plan | None:
     return plan if plan.fits else None
 
 
-def fewest_microbatches(cfg: TrainConfig, target: Target) -> Plan | None:
-    """The plan with the fewest microbatches that fits, found by halving: more microbatches are smaller, and hold less."""
+def fewest_microbatches(cfg: TrainConfig, target: Target, more_than: float = 0) -> Plan | None:
+    """The plan with the fewest microbatches (but more than so many) that fits, found by halving: more are smaller, and hold less.
+
+    Raises:
+        InputError: no number of microbatches splits the batch evenly over the mesh.
+    """
     mesh = plan_mesh(cfg, target)
-    divisors = [n for n in range(1, cfg.batch_size + 1) if cfg.batch_size % n == 0]
-    steps = [n for n in divisors if cfg.batch_size // n % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0]
+    check_batch(cfg.replace(grad_accum_steps=1), mesh)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    steps = [n for n in _divisors(cfg.batch_size // shards) if n > more_than]
     found, low, high, trial = None, 0, len(steps) - 1, 0  # the fewest first: often enough they fit
     while low <= high:
         if plan := fitting(cfg.replace(grad_accum_steps=steps[trial]), target):
@@ -445,21 +474,30 @@ def fewest_microbatches(cfg: TrainConfig, target: Target) -> Plan | None:
 
 
 def smallest_that_fits(cfg: TrainConfig, target: Target) -> Plan | None:
-    """Of a run that does not fit, the first of these that does, each with the fewest microbatches: its own mesh, that with weights
-    gathered layer by layer, and parameters split over more devices, layer by layer. None if none does.
+    """Of a run that does not fit, the first of these that does, each with the fewest microbatches: its own mesh with more microbatches,
+    that with weights gathered layer by layer, and parameters split over more devices, layer by layer. None if none does.
     """
-    same = [cfg.replace(gather=gather) for gather in ways_to_gather(cfg)]
-    more = [cfg.replace(fsdp=fsdp, tensor=tensor) for fsdp, tensor in meshes_of(cfg, target) if fsdp * tensor > cfg.fsdp * cfg.tensor]
-    runs = dict.fromkeys(same + [run.replace(gather="layer") for run in (cfg, *more)])
-    return next(filter(None, (fewest_microbatches(run, target) for run in runs)), None)
+    tried = math.inf if cfg.grad_accum_steps == "auto" else cfg.grad_accum_steps
+    runs = {cfg.replace(gather=gather): tried for gather in ways_to_gather(cfg)}
+    runs.setdefault(cfg.replace(gather="layer"), 0)
+    for fsdp, tensor in meshes_of(cfg, target):
+        even = cfg.batch_size * tensor % len(target.devices) == 0  # all devices but those of a tensor group share the rows
+        if fsdp * tensor > cfg.fsdp * cfg.tensor and even:
+            runs[cfg.replace(fsdp=fsdp, tensor=tensor, gather="layer")] = 0
+    return next(filter(None, (fewest_microbatches(run, target, more_than) for run, more_than in runs.items())), None)
 
 
-def try_meshes(cfg: TrainConfig, target: Target) -> Iterator[tuple[TrainConfig, Plan | None]]:
-    """Each mesh of the target, each way to gather on it, and the plan with the fewest microbatches that fits there, or None."""
+def try_meshes(cfg: TrainConfig, target: Target) -> Iterator[tuple[TrainConfig, Plan | str]]:
+    """Each mesh of the target, each way to gather on it, and there the plan with the fewest microbatches that fits, or why not."""
     for fsdp, tensor in meshes_of(cfg, target):
         run = cfg.replace(fsdp=fsdp, tensor=tensor)
         for gather in ways_to_gather(run):
-            yield (run := run.replace(gather=gather)), fewest_microbatches(run, target)
+            run = run.replace(gather=gather)
+            try:
+                found = fewest_microbatches(run, target) or "does not fit with any number of microbatches"
+            except InputError as error:
+                found = str(error)
+            yield run, found
 
 
 def rank(plans: list[Plan]) -> list[Plan]:
@@ -470,10 +508,30 @@ def rank(plans: list[Plan]) -> list[Plan]:
 def meshes_of(cfg: TrainConfig, target: Target) -> list[tuple[int, int]]:
     """Every (fsdp, tensor) that divides the devices, the width, the heads and the vocabulary; fewest parts first, and then fsdp."""
     n, model = len(target.devices), cfg.model
-    sizes = [i for i in range(1, n + 1) if n % i == 0]
+    sizes = _divisors(n)
     splits = [i for i in sizes if model.n_heads % i == 0 and model.padded_vocab % i == 0]
     meshes = [(fsdp, tensor) for fsdp in sizes for tensor in splits if n % (fsdp * tensor) == 0 and model.emb_dim % fsdp == 0]
     return sorted(meshes, key=lambda mesh: (math.prod(mesh), mesh[1]))
+
+
+def left_out(cfg: TrainConfig, target: Target) -> str:
+    """Sizes of the tensor axis that `meshes_of` leaves out, why, and the flag that would allow them; "" if there are none."""
+    model, sizes = cfg.model, _divisors(len(target.devices))
+    heads = [i for i in sizes if model.n_heads % i]
+    vocabulary = [i for i in sizes if i not in heads and model.padded_vocab % i]
+    said = []
+    if vocabulary:
+        flag = f"--vocab-multiple {math.lcm(model.vocab_multiple, *vocabulary)}"
+        said.append(
+            f"tensor {', '.join(map(str, vocabulary))} (does not divide the vocabulary of {model.padded_vocab}; {flag} would allow it)"
+        )
+    if heads:
+        said.append(f"tensor {', '.join(map(str, heads))} (does not divide the {model.n_heads} heads)")
+    return f"left out: {'; '.join(said)}" if said else ""
+
+
+def _divisors(n: int) -> list[int]:
+    return [i for i in range(1, n + 1) if n % i == 0]
 
 
 def _platform(mesh: Mesh) -> str:

@@ -24,6 +24,7 @@ class Chip:
         flops: operations a second in matrix products, by the dtype of what is multiplied.
         bandwidth: bytes a second between the chip and its memory.
         link: bytes a second that it sends to its neighbours, over all links, in one direction.
+        host: how many a single host has at most; slices of several hosts have four on each.
         source: where the figures are from.
     """
 
@@ -32,19 +33,20 @@ class Chip:
     flops: dict[str, float]
     bandwidth: float
     link: float
+    host: int
     source: str
 
 
-def _tpu(kind: str, memory_gib: int, tflops: float, gb_s: float, ici_gb_s: float, page: str) -> Chip:
+def _tpu(kind: str, memory_gib: int, tflops: float, gb_s: float, ici_gb_s: float, host: int, page: str) -> Chip:
     """Products of float32 go through the same units as bfloat16 by default. The published interconnect counts both directions."""
     rates = dict.fromkeys(("bf16", "f16", "f32"), tflops * 1e12)
-    return Chip(kind, memory_gib * 2**30, rates, gb_s * 1e9, ici_gb_s * 1e9 / 2, f"https://docs.cloud.google.com/tpu/docs/{page}")
+    return Chip(kind, memory_gib * 2**30, rates, gb_s * 1e9, ici_gb_s * 1e9 / 2, host, f"https://docs.cloud.google.com/tpu/docs/{page}")
 
 
 CHIPS: dict[str, Chip] = {
-    "tpu:v5e": _tpu("TPU v5 lite", 16, 197, 819, 400, "v5e"),
-    "tpu:v5p": _tpu("TPU v5", 95, 459, 2765, 1200, "v5p"),
-    "tpu:v6e": _tpu("TPU v6 lite", 32, 918, 1600, 800, "v6e"),
+    "tpu:v5e": _tpu("TPU v5 lite", 16, 197, 819, 400, 8, "v5e"),
+    "tpu:v5p": _tpu("TPU v5", 95, 459, 2765, 1200, 4, "v5p"),
+    "tpu:v6e": _tpu("TPU v6 lite", 32, 918, 1600, 800, 8, "v6e"),
     # SXM5, without sparsity; float32 in TF32, as JAX multiplies it by default; NVLink's 900 GB/s are of both directions.
     "gpu:h100": Chip(
         "NVIDIA H100",
@@ -52,6 +54,7 @@ CHIPS: dict[str, Chip] = {
         {"bf16": 989e12, "f16": 989e12, "f32": 494e12},
         3.35e12,
         450e9,
+        8,
         "https://www.nvidia.com/en-us/data-center/h100/",
     ),
 }
@@ -69,27 +72,32 @@ class Target:
         devices: of JAX; nothing can be put on those that are not attached, only compiled for.
         memory: bytes of a device that a program may use.
         chip: its figures, if they are known.
+        hosts: machines that the devices are attached to.
     """
 
     name: str
     devices: tuple[jax.Device, ...]
     memory: int
     chip: Chip | None
+    hosts: int
 
 
 def find_target(name: str) -> Target:
     """The target of a name: here, gpu:h100x8, tpu:v5e:4x4 and so on. It is to be called before JAX has looked for devices.
 
     Raises:
-        InputError: there is no such target, or what compiles for it is not installed (with the line that installs it).
+        InputError: there is no such target, what compiles for it is not installed (with the line that installs it), or
+            the environment's XLA_CLIENT_MEM_FRACTION is not a share of memory.
     """
+    fraction = _fraction()  # before JAX reads it, which would end in a traceback
     if name == "here":
         return present(jax.devices())
-    if (found := re.fullmatch(r"(gpu:h100)x([1-8])", name)) and found[1] in CHIPS:
+    if found := re.fullmatch(r"(gpu:h100)x([1-8])", name):
         devices, chip = _gpus(int(found[2])), CHIPS[found[1]]
-        return Target(name, devices, int(chip.memory * _fraction()), chip)
+        return Target(name, devices, int(chip.memory * fraction), chip, hosts=1)
     if (found := re.fullmatch(r"(tpu:\w+):(\d+(?:x\d+)+)", name)) and found[1] in CHIPS:
-        return Target(name, _tpus(found[1], found[2]), CHIPS[found[1]].memory, CHIPS[found[1]])
+        devices, chip = _tpus(found[1], found[2]), CHIPS[found[1]]
+        return Target(name, devices, chip.memory, chip, hosts=_hosts(devices, chip))
     raise InputError(f"unknown target {name!r}; the targets are {EXAMPLES}")
 
 
@@ -101,12 +109,26 @@ def present(devices: list[jax.Device]) -> Target:
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
     chips = sorted(CHIPS.values(), key=lambda chip: len(chip.kind), reverse=True)  # "TPU v5 lite" before "TPU v5"
-    return Target("here", tuple(devices), memory, next((chip for chip in chips if kind.startswith(chip.kind)), None))
+    chip = next((chip for chip in chips if kind.startswith(chip.kind)), None)
+    return Target("here", tuple(devices), memory, chip, hosts=len({device.process_index for device in devices}))
+
+
+def _hosts(devices: tuple[jax.Device, ...], chip: Chip) -> int:
+    """Of a slice that is described as hosts of 2x2 chips, which is so unless one larger host holds all of it."""
+    return 1 if len(devices) <= chip.host else len({device.process_index for device in devices})
 
 
 def _fraction() -> float:
     """The share of a GPU's memory that JAX takes: three quarters, unless the environment says otherwise."""
-    return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))
+    names = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"  # the second is JAX's older name for it
+    name, said = next(((name, os.environ[name]) for name in names if os.environ.get(name)), ("", "0.75"))
+    try:
+        fraction = float(said)
+    except ValueError:
+        fraction = math.nan
+    if not 0 < fraction < math.inf:
+        raise InputError(f"{name}={said!r}: expected a share of the GPU's memory, 0.75 for instance")
+    return fraction
 
 
 def _tpus(generation: str, shape: str) -> tuple[jax.Device, ...]:
