@@ -182,3 +182,11 @@ def test_a_damaged_file_in_the_cache_is_noticed(private_cache):
     (private_cache / "the-verdict.txt").write_text("other")
     with pytest.raises(ValueError, match="sha256 differs"):
         corpus.download("the-verdict")
+
+
+def test_microbatches_do_not_decide_which_windows_are_evaluated():
+    tokens = np.arange(22 * 16 + 1, dtype=np.uint16)
+    cfg = TrainConfig(model=GPTConfig(context_length=16), batch_size=16)
+    evaluated = [np.concatenate([x for x, _ in eval_batches(tokens, cfg.replace(grad_accum_steps=n), "validation")]) for n in (1, 2, 4, 8)]
+    for other in evaluated[1:]:
+        np.testing.assert_array_equal(other, evaluated[0])

@@ -32,14 +32,15 @@ def eval_batches(tokens: np.ndarray, cfg: TrainConfig, split: Split) -> list[Bat
     """The microbatches that every evaluation of a split uses: those of `eval_batches` batches, or all there are.
 
     Training windows are drawn by the seed; validation windows are spread evenly over the text.
-    A split with less than one microbatch gives one smaller one.
+    A split with less than one batch gives as many whole microbatches as it has, or a smaller one.
 
     Raises:
         InputError: as `flaxgpt.data.windows.split_windows`.
     """
     windows = split_windows(tokens, cfg, split)
-    size = min(cfg.microbatch_size, len(windows))
-    count = min(cfg.eval_batches * cfg.grad_accum_steps, len(windows) // size)
+    whole = len(windows) // cfg.batch_size * cfg.batch_size or len(windows)  # so that microbatches don't decide what is evaluated
+    size = min(cfg.microbatch_size, whole)
+    count = min(cfg.eval_batches * cfg.batch_size, whole) // size
     if split == "training":
         order = np.random.default_rng(cfg.seed).choice(len(windows), count * size, replace=False)
     else:
