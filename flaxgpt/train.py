@@ -19,7 +19,7 @@ from flaxgpt.errors import InputError
 from flaxgpt.generation.generate import generate
 from flaxgpt.kernels import choose_attention
 from flaxgpt.optim import make_optimizer, make_schedule
-from flaxgpt.plan.plan import settle
+from flaxgpt.plan.search import settle
 from flaxgpt.plan.targets import present
 from flaxgpt.run.folder import CHECKPOINTS
 from flaxgpt.run.log import RunLog, check_loss

@@ -18,23 +18,20 @@ from conftest import SMALL, refused, refused_by_tyro
 from flaxgpt.config import TrainConfig
 from flaxgpt.errors import InputError
 from flaxgpt.plan import plan as plans
-from flaxgpt.plan import report, targets
+from flaxgpt.plan import report, search, targets
 from flaxgpt.plan.hlo import Collective, Program, read_program
 from flaxgpt.plan.plan import (
     Plan,
     Traffic,
     bounds,
     doubts,
-    fewest_microbatches,
-    left_out,
     make_plan,
-    meshes_of,
     model_flops,
     place,
     plan_mesh,
-    settle,
     what_moves,
 )
+from flaxgpt.plan.search import fewest_microbatches, left_out, meshes_of, settle
 from flaxgpt.plan.targets import CHIPS, Target, find_target, present
 from flaxgpt.train import describe_choices
 
@@ -46,7 +43,8 @@ import json, sys
 import jax
 from flaxgpt.config import TrainConfig
 from flaxgpt.optim import adam_state, make_optimizer
-from flaxgpt.plan.plan import options, plan_mesh
+from flaxgpt.plan.plan import plan_mesh
+from flaxgpt.plan.search import options
 from flaxgpt.plan.targets import find_target
 from flaxgpt.state import create_state
 
@@ -176,7 +174,7 @@ def test_the_fewest_microbatches_that_fit_are_found_with_few_trials(target, monk
         tried.append(cfg.grad_accum_steps)
         return cfg if cfg.grad_accum_steps >= least else None
 
-    monkeypatch.setattr(plans, "fitting", fits)
+    monkeypatch.setattr(search, "fitting", fits)
     found = fewest_microbatches(RUN, target)
     assert (found and found.grad_accum_steps) == (least if least <= 16 else None)
     assert len(tried) == len(set(tried)) <= 4
@@ -188,7 +186,7 @@ def test_microbatches_are_found_by_the_compiled_peak(target, monkeypatch):
     half = compiled[2].peak_bytes
     assert half < compiled[1].peak_bytes, "a smaller microbatch does not hold less"
     monkeypatch.setattr(
-        plans, "make_plan", lambda cfg, target: dataclasses.replace(compiled[cfg.grad_accum_steps], memory_bytes=target.memory)
+        search, "make_plan", lambda cfg, target: dataclasses.replace(compiled[cfg.grad_accum_steps], memory_bytes=target.memory)
     )
     auto = cfg.replace(grad_accum_steps="auto")
     assert settle(auto, with_memory(target, half)).grad_accum_steps == 2
@@ -197,17 +195,17 @@ def test_microbatches_are_found_by_the_compiled_peak(target, monkeypatch):
 
 
 def test_nothing_is_compiled_where_the_state_alone_is_too_large(target, monkeypatch):
-    monkeypatch.setattr(plans, "make_plan", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(search, "make_plan", lambda *_: pytest.fail("compiled"))
     assert fewest_microbatches(RUN, with_memory(target, 1000)) is None
 
 
 def test_a_number_of_microbatches_is_left_as_it_is(target, monkeypatch):
-    monkeypatch.setattr(plans, "make_plan", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(search, "make_plan", lambda *_: pytest.fail("compiled"))
     assert settle(RUN, target) is RUN
 
 
 def test_one_device_has_nothing_to_gather_and_compiles_nothing_to_find_that_out(target, monkeypatch):
-    monkeypatch.setattr(plans, "make_plan", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(search, "make_plan", lambda *_: pytest.fail("compiled"))
     assert settle(RUN.replace(gather="auto"), target) == RUN
 
 
@@ -232,8 +230,8 @@ def test_auto_is_the_least_traffic_that_fits(target, monkeypatch, memory, steps,
             small_plan(), gather=cfg.gather, grad_accum_steps=n, peak_bytes=peak, memory_bytes=target.memory, traffic=traffic
         )
 
-    monkeypatch.setattr(plans, "make_plan", made)
-    monkeypatch.setattr(plans, "state_bytes", lambda *_: (0, 0))
+    monkeypatch.setattr(search, "make_plan", made)
+    monkeypatch.setattr(search, "state_bytes", lambda *_: (0, 0))
     machine = with_memory(dataclasses.replace(target, devices=target.devices * 4), memory)
     cfg = RUN.replace(fsdp=4, gather=gather, grad_accum_steps=steps)
     if becomes:
@@ -253,7 +251,7 @@ def test_the_first_line_says_what_auto_became():
 def test_training_finds_the_microbatches_says_so_and_writes_them(call, monkeypatch, tmp_path):
     small = small_plan()  # before there is nothing to compile with
     monkeypatch.setattr(
-        plans, "fitting", lambda cfg, _: dataclasses.replace(small, grad_accum_steps=4) if cfg.grad_accum_steps >= 4 else None
+        search, "fitting", lambda cfg, _: dataclasses.replace(small, grad_accum_steps=4) if cfg.grad_accum_steps >= 4 else None
     )
     flags = ("--max-steps", 1, "--sample-tokens", 0, "--eval-batches", 1)
     code, out, err = call(train_jax, "--out-dir", tmp_path / "run", "--grad-accum-steps", "auto", *flags)
@@ -359,12 +357,12 @@ def test_meshes_that_the_model_rules_out_are_named_with_the_flag_that_allows_the
 
 
 def test_a_batch_that_no_mesh_can_share_is_called_indivisible_and_not_too_large(target, monkeypatch):
-    monkeypatch.setattr(plans, "make_plan", lambda cfg, _: dataclasses.replace(small_plan(), mesh={"tensor": cfg.tensor}))
+    monkeypatch.setattr(search, "make_plan", lambda cfg, _: dataclasses.replace(small_plan(), mesh={"tensor": cfg.tensor}))
     machine = dataclasses.replace(target, devices=target.devices * 8)
     cfg = RUN.replace(batch_size=10, grad_accum_steps="auto", model=SMALL.replace(vocab_multiple=4))
     with pytest.raises(InputError, match=r"batch_size=10 can't be split evenly .* expected a multiple of 8"):
         settle(cfg, machine)
-    found = [(run.tensor, said) for run, said in plans.try_meshes(cfg, machine)]
+    found = [(run.tensor, said) for run, said in search.try_meshes(cfg, machine)]
     assert {type(said) for tensor, said in found if tensor == 4} == {Plan}, "two shards of rows divide a batch of 10"
     skipped = {said for tensor, said in found if tensor < 4}
     assert len(skipped) == 2
@@ -373,14 +371,14 @@ def test_a_batch_that_no_mesh_can_share_is_called_indivisible_and_not_too_large(
 
 def test_what_has_failed_is_not_compiled_again_and_uneven_meshes_are_not_tried(target, monkeypatch):
     tried = []
-    monkeypatch.setattr(plans, "fitting", lambda cfg, _: tried.append((cfg.fsdp, cfg.tensor, cfg.gather, cfg.grad_accum_steps)))
+    monkeypatch.setattr(search, "fitting", lambda cfg, _: tried.append((cfg.fsdp, cfg.tensor, cfg.gather, cfg.grad_accum_steps)))
     machine = dataclasses.replace(target, devices=target.devices * 8)
     cfg = RUN.replace(batch_size=20, fsdp=1, tensor=2, gather="auto", model=SMALL.replace(vocab_multiple=4))
-    assert plans.smallest_that_fits(cfg, machine) is None
+    assert search.smallest_that_fits(cfg, machine) is None
     assert tried[0] == (1, 2, "layer", 5), "with one microbatch it has just failed"
     assert {tensor for _, tensor, _, _ in tried} == {2, 4}, "20 rows can't be shared by 8"
     tried.clear()
-    plans.smallest_that_fits(cfg.replace(grad_accum_steps="auto"), machine)
+    search.smallest_that_fits(cfg.replace(grad_accum_steps="auto"), machine)
     assert (1, 2) not in {(fsdp, tensor) for fsdp, tensor, _, _ in tried}, "auto has tried every number of microbatches"
 
 
@@ -422,7 +420,7 @@ def test_a_plan_that_does_not_fit_says_the_smallest_that_does(call, target, monk
     assert code == 2
     assert "does not fit, too large by" in out
     assert "no mesh of here fits" in err.splitlines()[-1]
-    monkeypatch.setattr(plans, "fitting", lambda cfg, _: small if cfg.grad_accum_steps == 4 else None)
+    monkeypatch.setattr(search, "fitting", lambda cfg, _: small if cfg.grad_accum_steps == 4 else None)
     code, out, err = call(script, *SMALL_FLAGS)
     assert code == 2
     assert "the smallest change that fits is --gather layer --grad-accum-steps 4" in err.splitlines()[-1]
@@ -431,7 +429,7 @@ def test_a_plan_that_does_not_fit_says_the_smallest_that_does(call, target, monk
 @pytest.mark.parametrize("sweep", [(), ("--sweep",)])
 @pytest.mark.parametrize(("path", "why"), [("", "it is a folder"), ("missing/step.hlo", "No such file")])
 def test_a_program_that_could_not_be_written_is_not_compiled(call, tmp_path, monkeypatch, sweep, path, why):
-    monkeypatch.setattr(plans, "make_plan", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(search, "make_plan", lambda *_: pytest.fail("compiled"))
     refused(call(script, *SMALL_FLAGS, *sweep, "--hlo", tmp_path / path), f"can't be written: {why}")
 
 

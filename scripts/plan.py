@@ -30,8 +30,9 @@ def main() -> None:
     if args.hlo:
         check_writable(args.hlo)
 
-    from flaxgpt.plan.plan import TooLargeError, options
+    from flaxgpt.plan.plan import TooLargeError
     from flaxgpt.plan.report import show, show_options
+    from flaxgpt.plan.search import options
     from flaxgpt.plan.targets import find_target
 
     target = find_target(args.target)
@@ -57,8 +58,9 @@ def main() -> None:
 
 def sweep(args: PlanArgs, target: "Target") -> None:
     """Try the target's meshes, each with the fewest microbatches that fit, and rank what fits."""
-    from flaxgpt.plan.plan import Plan, left_out, rank, try_meshes
+    from flaxgpt.plan.plan import Plan
     from flaxgpt.plan.report import show_ranking
+    from flaxgpt.plan.search import left_out, rank, try_meshes
 
     if missing := left_out(args.config, target):
         print(missing, file=sys.stderr)
@@ -80,7 +82,7 @@ def sweep(args: PlanArgs, target: "Target") -> None:
 
 def advice(args: PlanArgs, target: "Target") -> str:
     """What to do about a plan that does not fit."""
-    from flaxgpt.plan.plan import smallest_that_fits
+    from flaxgpt.plan.search import smallest_that_fits
 
     print("does not fit: looking for what does", file=sys.stderr)
     if plan := smallest_that_fits(args.config, target):
