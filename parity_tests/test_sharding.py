@@ -97,7 +97,8 @@ def test_eight_devices_train_as_one_does_with_the_same_dropout():
 @pytest.mark.parametrize(("dtype", "rel"), [("float32", 1e-5), ("float64", 1e-12)])
 def test_every_mesh_and_every_accumulation_train_as_one_device_does(dtype, rel):
     meshes = [(1, 1), (8, 1), (4, 1), (2, 2), (2, 4)]  # data 8, 1, 2, 2 and 1
-    runs = [(8, *mesh, accum, gather) for mesh in meshes for accum in (1, 2, 4) for gather in ("layer", "update")]
+    runs = [(8, *mesh, accum, "layer") for mesh in meshes for accum in (1, 2, 4)]
+    runs += [(8, *mesh, 2, "update") for mesh in meshes if mesh[0] > 1]
     check(train(dtype, 20, ONE, *runs), rel)
 
 
