@@ -238,6 +238,7 @@ def test_a_run_of_an_earlier_version_resumes_where_it_stopped(private_cache, tmp
     state = run_to_the_end(config, Path("run"), resume=True)
     assert int(state.step) == 12
     losses = {r["step"]: (r["train/loss"], r["val/loss"]) for r in read_metrics(Path("run")) if "val/loss" in r}
-    # Since 0.3.0 a row's dropout masks depend on its number, so six updates had other masks (7e-5 apart when this was written); with the same ones it was equal to 1e-6.
+    # Since 0.3.0 a row's dropout masks depend on its number, so six updates had other masks than there: 7e-5 apart when this was
+    # written. With the same ones it was equal to 1e-6.
     assert losses[10] == pytest.approx((2.3970494270324707, 2.3980743885040283), rel=5e-4)
     assert losses[11] == pytest.approx((2.3947911262512207, 2.3960561752319336), rel=5e-4)
