@@ -20,7 +20,7 @@ from flaxgpt.loss import next_token_loss
 from flaxgpt.model import GPT, forward, init_params
 from flaxgpt.optim import make_optimizer
 from flaxgpt.parity.compare import relative
-from flaxgpt.parity.sites import sites
+from flaxgpt.sites import sites
 from flaxgpt.state import abstract_state
 from flaxgpt.step import make_train_step
 from torch_ref.generation.generate import generate_text_simple

@@ -19,7 +19,7 @@ from flaxgpt.convert.layout import tensor_shapes
 from flaxgpt.convert.names import HUGGINGFACE, parameters
 from flaxgpt.convert.params import from_torch, named_parameters
 from flaxgpt.parity.side import Noise, Tensors
-from flaxgpt.parity.sites import sites
+from flaxgpt.sites import sites
 from torch_ref.parity.torch_side import TorchSide
 
 

@@ -14,7 +14,7 @@ from flaxgpt.config import TrainConfig
 from flaxgpt.data.corpora import Corpus
 from flaxgpt.parity import side
 from flaxgpt.parity.replay import Evaluation, Update
-from flaxgpt.parity.sites import dropouts
+from flaxgpt.sites import dropouts
 from torch_ref.data.loader import Batch, create_dataloaders, endless
 from torch_ref.generation.generate import generate_text_simple
 from torch_ref.model import init_model

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from flaxgpt.config import GPTConfig, SamplingConfig, TrainConfig
 from flaxgpt.parity.side import Batch, Moments, Noise, Tensors
-from flaxgpt.parity.sites import dropouts, sites
+from flaxgpt.sites import dropouts, sites
 from torch_ref.generation import generate as generation
 from torch_ref.generation.sampling import choose, process_logits
 from torch_ref.loss import calc_loss_batch
@@ -153,7 +153,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 def tapped(model: nn.Module, points: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
     """Collects the activations at these points in the forward pass made within, by hooks; `flaxgpt.layers.tapped` is its twin.
 
-    A point is a module's path and "input" or "output", as in `flaxgpt.parity.sites`.
+    A point is a module's path and "input" or "output", as in `flaxgpt.sites`.
     """
     taps: dict[str, torch.Tensor] = {}
 
