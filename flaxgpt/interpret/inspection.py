@@ -11,8 +11,8 @@ import numpy as np
 class Inspection:
     """A forward pass over the T tokens of one text.
 
-    Logarithms are natural, so surprise and entropy are in nats. Ranks count from 1, the likeliest token. What belongs to position t is about
-    the token after it: `next_ranks_T[t]` is the rank of the token at t + 1; of the last position there is no such token.
+    Logarithms are natural, so surprise and entropy are in nats. Ranks count from 1, the likeliest token. What belongs to position t is
+    about the token after it: `next_ranks_T[t]` is the rank of the token at t + 1; of the last position there is no such token.
     """
 
     ids_T: np.ndarray
@@ -29,9 +29,9 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Lens:
-    """The logit lens (nostalgebraist 2020): the residual stream after the embedding and after each block, read by the final norm and the head.
+    """The logit lens (nostalgebraist 2020): what the final norm and the head make of the residual stream of each layer.
 
-    So M = L + 1 predictions for each position; the last is the model's own.
+    It is read after the embedding and after each block, so there are M = L + 1 predictions for each position; the last is the model's own.
     """
 
     top_ids_MTK: np.ndarray

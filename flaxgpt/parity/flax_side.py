@@ -27,8 +27,8 @@ from flaxgpt.model import GPT
 from flaxgpt.optim import adam_state, clip_by_global_norm, make_optimizer, with_adam_state
 from flaxgpt.parity.replay import Repeated, Update
 from flaxgpt.parity.side import Batch, Moments, Noise, Tensors
-from flaxgpt.sites import sites
 from flaxgpt.sharding import compute_mesh, make_mesh, placed_params, state_shardings, within
+from flaxgpt.sites import sites
 from flaxgpt.state import TrainState
 from flaxgpt.step import Metrics, jit_train_step, make_eval_step
 from flaxgpt.types import Params
