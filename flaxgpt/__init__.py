@@ -21,6 +21,7 @@ _MODULES = {
     "add": "edits",
     "scale": "edits",
     "apply": "edits",
+    "activations": "interpret.activations",
     "generate": "generation.generate",
     "complete": "generation.generate",
     "complete_text": "generation.text",

@@ -4,6 +4,7 @@ Examples:
   benchmark.py generate                              # GPT-2 124M, batches 1 and 8, against Hugging Face's generate with its cache
   benchmark.py generate --batch 1 --dtype bfloat16 --new-tokens 64
   benchmark.py generate --preset tiny --rounds 1     # a quick look at whether it works
+  benchmark.py patch --prompt-tokens 16 --rounds 3   # activation patching at every layer and position, against hooks one at a time
 
 Each round times every implementation, in the other order than the round before; medians and their ratio are printed.
 Compilation and the first call of each are not timed. Weights are random. `pip install -e ".[parity,test]"` brings the others.
@@ -33,18 +34,19 @@ if TYPE_CHECKING:
 class BenchmarkArgs:
     """What to time, and how often."""
 
-    what: tyro.conf.Positional[Literal["generate"]]
-    """generate: greedy decoding of new tokens, the reading of the prompt included."""
+    what: tyro.conf.Positional[Literal["generate", "patch"]]
+    """generate: greedy decoding of new tokens, the reading of the prompt included. patch: another run's residual stream put into that
+    of a prompt, at every layer and position."""
     preset: str = "gpt2-124m"
     """The model: a preset of train_jax.py."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and activations, on both sides."""
+    """Of weights and activations, on both sides; patch is in float32."""
     batch: tuple[int, ...] = (1, 8)
-    """Rows decoded at once."""
+    """Rows decoded at once; of generate."""
     prompt_tokens: int = 32
     """Tokens in each row's prompt."""
     new_tokens: int = 128
-    """Tokens added to each row."""
+    """Tokens added to each row; of generate."""
     rounds: int = 5
     """How often each is timed."""
 
@@ -59,9 +61,9 @@ def main() -> None:
     if not args.batch or min(args.batch) < 1:
         raise InputError(f"batch={args.batch}: expected numbers of rows")
     cfg = GPTConfig.preset(args.preset).replace(dtype=args.dtype)
-    if args.prompt_tokens + args.new_tokens > cfg.context_length:
+    if args.prompt_tokens + args.new_tokens * (args.what == "generate") > cfg.context_length:
         raise InputError(f"prompt_tokens and new_tokens together exceed context_length={cfg.context_length}")
-    {"generate": generate}[args.what](args, cfg)
+    {"generate": generate, "patch": patch}[args.what](args, cfg)
 
 
 def generate(args: BenchmarkArgs, cfg: GPTConfig) -> None:
@@ -74,6 +76,43 @@ def generate(args: BenchmarkArgs, cfg: GPTConfig) -> None:
         calls = {name: functools.partial(side, prompt_BT, args.new_tokens) for name, side in sides.items()}
         tokens = batch * args.new_tokens
         report(f"batch {batch}, {args.dtype}", "tokens/s", {name: tokens / s for name, s in medians(calls, args.rounds).items()})
+
+
+def patch(args: BenchmarkArgs, cfg: GPTConfig) -> None:
+    """Places (a layer and a position) a second of activation patching."""
+    try:
+        import torch
+
+        from torch_ref.interpret import patching as hooks
+        from torch_ref.model import GPTModel
+    except ImportError as error:
+        raise InputError(f'{error.name} is not installed: pip install -e ".[parity]" brings it') from None
+
+    import jax
+    import numpy as np
+
+    from flaxgpt.convert.params import from_torch
+    from flaxgpt.interpret.activations import activations
+    from flaxgpt.interpret.patching import patch_each
+
+    cfg = cfg.replace(dtype="float32")
+    model = GPTModel(cfg).eval()
+    params = jax.device_put(from_torch({name: value.numpy() for name, value in model.state_dict().items()}, cfg))
+    tokens_T, other_T = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, args.prompt_tokens))
+    _, taken = jax.jit(lambda params: activations(params, cfg, other_T[None], ["trf_blocks.{}.shortcut2"]))(params)
+    other_LTD = taken["trf_blocks.{}.shortcut2"][:, 0]
+    given = torch.from_numpy(tokens_T), torch.from_numpy(np.array(other_LTD))
+
+    def metric(logits_V: jax.Array | torch.Tensor) -> jax.Array | torch.Tensor:
+        return logits_V[0] - logits_V[1]
+
+    calls = {
+        "flaxgpt": lambda: patch_each(params, cfg, tokens_T, other_LTD, metric).block_until_ready(),
+        "hooks one at a time": lambda: hooks.patch_each(model, *given, metric),
+    }
+    places = cfg.n_layers * args.prompt_tokens
+    rates = {name: places / seconds for name, seconds in medians(calls, args.rounds).items()}
+    report(f"{places} places, {args.prompt_tokens} tokens, float32", "places/s", rates)
 
 
 def flaxgpt_generate(cfg: GPTConfig) -> Callable[[np.ndarray, int], np.ndarray]:
