@@ -36,7 +36,7 @@ def show(report: Report, *, every_position: bool) -> None:
 
 def show_words(words: Words) -> None:
     """Print a vocabulary given by hand."""
-    _console().print(words_table(words), f"\nargmax: {words.argmax}", sep="\n")
+    _console().print(words_table(words), f"\nargmax: {words.argmax}; {words.count:,} draws", sep="\n")
 
 
 def text_table(places: Iterable[Place]) -> Table:
@@ -117,7 +117,7 @@ def promotion_table(promotion: Promotion) -> Table:
 def words_table(words: Words) -> Table:
     """A line for each word of a vocabulary."""
     at = [f"at {temperature:g}" for temperature in words.temperatures]
-    table = _table("id", "word", "logit", *at, "left", "probability", f"of {words.count:,} draws", left=("word",))
+    table = _table("id", "word", "logit", *at, "left", "probability", "drawn", left=("word",))
     for word in words.words:
         left = logit(word.left_logit), probability(word.left_probability), f"{word.draws:,}"
         table.add_row(f"{word.id}", word.word, logit(word.logit), *map(probability, word.probabilities), *left)
@@ -130,8 +130,8 @@ def logit(value: float | None) -> str:
 
 
 def probability(value: float) -> str:
-    """To four places, or two digits where that would be 0."""
-    return f"{value:.4f}" if value >= 5e-5 or value == 0 else f"{value:.1e}"
+    """To four places, or two digits where that would be 0; 0 itself is that."""
+    return f"{value:.4f}" if value >= 5e-5 else f"{value:.1e}" if value else "0"
 
 
 def _console() -> Console:
