@@ -96,8 +96,9 @@ def check_result(name: str, before: tuple[Any, Any], after: tuple[Any, Any]) -> 
 
 def _checked(name: str, edit: Edit, cfg: GPTConfig, length: int | None) -> Edit:
     site = sites_meant(name, cfg.n_layers)[0]
-    if not callable(edit.change) and edit.change not in ("replace", "add", "scale"):
-        raise InputError(f"the edit of {name} is {edit.change!r}: expected a function, or flaxgpt.replace, add or scale of a value")
+    change = getattr(edit, "change", edit)
+    if not callable(change) and change not in ("replace", "add", "scale"):
+        raise InputError(f"the edit of {name} is {change!r}: expected a function, or flaxgpt.replace, add or scale of a value")
     if edit.heads is not None and not set(site.axes) & set("NE"):
         raise InputError(f"heads={edit.heads}: {name} is not divided into heads; att.query, key, value, weights and context are")
     heads = _whole_numbers("heads", edit.heads)
@@ -108,8 +109,10 @@ def _checked(name: str, edit: Edit, cfg: GPTConfig, length: int | None) -> Edit:
 
 def _checked_positions(name: str, positions: int | ArrayLike | None, cfg: GPTConfig, length: int | None) -> ArrayLike | None:
     given = _whole_numbers("positions", positions)
+    if given is None:
+        return None
     if not isinstance(given, np.ndarray):
-        return given
+        return given if length is None else given + length * (given < 0)
     if length is None and (given < 0).any():
         raise InputError(f"positions={positions} of {name}: while text is generated its end is unknown, so they count from the beginning")
     end = cfg.context_length if length is None else length

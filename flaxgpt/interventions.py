@@ -139,6 +139,7 @@ def _chosen(edit: Edit, site: Site, x: jax.Array, cfg: GPTConfig, positions: jax
     """Which elements are edited, to be broadcast to x; None: all."""
     chosen = None
     if edit.positions is not None:
+        positions = positions[..., -x.shape[-2] :]  # decoding computes the head of the last one alone
         hit = (positions[..., None] == jnp.atleast_1d(edit.positions)).any(-1)  # (T,) or (B, T)
         chosen = hit.reshape(*hit.shape[:-1], *[1] * (x.ndim - 1 - hit.ndim), hit.shape[-1], 1)
     if edit.heads is not None:

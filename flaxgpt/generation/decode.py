@@ -78,7 +78,7 @@ def next_logits(params: Params, cfg: GPTConfig, tokens_BT: jax.Array, cache: Cac
         with visiting(*editing(edits, cfg, positions_BT, layer=i), within="trf_blocks"):
             x_BTD, layer = TransformerBlock(cfg).apply({"params": block}, x_BTD, layer)
         layers.append(layer)
-    with visiting(*editing(edits, cfg, positions_BT[:, -1:])):
+    with visiting(*editing(edits, cfg, positions_BT)):
         logits_BV = model.apply({"params": outside}, x_BTD, method="last_logits")
     return logits_BV, cache.with_layers(layers)
 
