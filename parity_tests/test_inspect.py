@@ -214,6 +214,16 @@ def test_one_token_and_a_bfloat16_model_can_be_inspected(pair, alphabet):
     np.testing.assert_array_equal(half.lens.next_ranks_MT[-1], half.next_ranks_T)
 
 
+def test_tokens_that_only_the_model_has_are_shown_as_ids_and_never_drawn(call, tmp_path, pair):
+    short = CharTokenizer("".join(map(chr, range(33, 43))))
+    assert inspect_tokens(pair[1], SMALL, short, [50]).labels_V[9:12] == ("*", r"\#10", r"\#11")
+    export(Source(tmp_path, SMALL, short, pair[1]), tmp_path / "model", "run")
+    found = json.loads(call(inspect_logits, "--checkpoint", "model", "--text", "!", "--draws", 50, "--steps", 9, "--json")[1])
+    assert found["shape"] == [1, 97]
+    assert {row["id"] for row in found["draws"]["without_replacement"]} == {*range(10)}
+    assert {step["chosen"]["id"] for step in found["steps"]} <= {*range(10)}
+
+
 @pytest.mark.parametrize(
     ("ids", "options", "pattern"),
     [

@@ -122,6 +122,7 @@ def inspect_text(args: InspectArgs, seed: int) -> None:
 
     import jax
 
+    from flaxgpt.generation.text import without_padding
     from flaxgpt.interpret.experiments import draw_tokens, go_on, promote
     from flaxgpt.interpret.labels import token_id
     from flaxgpt.interpret.record import inspect_tokens
@@ -141,6 +142,7 @@ def inspect_text(args: InspectArgs, seed: int) -> None:
     inspection = inspect_tokens(params, cfg, tokenizer, ids, lens=args.lens, attention=args.attention)
     labels_V = inspection.labels_V
     draw_key, step_key = jax.random.split(seed_keys(seed)[1])
+    sampling = without_padding(tokenizer, cfg, args.sampling)
     report = Report(
         model=str(args.checkpoint or args.init_from or f"{args.preset} with random weights"),
         seed=seed,
@@ -149,8 +151,8 @@ def inspect_text(args: InspectArgs, seed: int) -> None:
         places=places(inspection, args.top),
         position=position,
         tokens=candidates(inspection.logits_TV[position], labels_V, tokens),
-        draws=draw_tokens(inspection, position, args.sampling, draw_key, args.draws) if args.draws else None,
-        steps=go_on(params, cfg, tokenizer, text, labels_V, args.steps, args.top, args.sampling, step_key) if args.steps else None,
+        draws=draw_tokens(inspection, position, sampling, draw_key, args.draws) if args.draws else None,
+        steps=go_on(params, cfg, tokenizer, text, labels_V, args.steps, args.top, sampling, step_key) if args.steps else None,
         promotion=None if promoted is None else promote(params, cfg, inspection, position, promoted, args.top),
         lens=[layer_predictions(inspection, t) for t in range(T)] if args.lens else None,
         attention=inspection.weights_LNTS.tolist() if args.attention else None,
