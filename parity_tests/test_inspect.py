@@ -107,7 +107,9 @@ def test_equal_logits_share_a_rank_and_are_listed_by_id():
     logits_V = np.array([1.0, 3.0, 2.0, 3.0, 0.0])
     assert [int(rank(logits_V, i)) for i in range(5)] == [4, 1, 3, 1, 5]
     assert top_ids(logits_V, 3).tolist() == [1, 3, 2]
+    assert top_ids(logits_V, 1).tolist() == [1]
     assert top_ids(logits_V, 99).tolist() == [1, 3, 2, 0, 4]
+    assert top_ids(np.zeros(5), 2).tolist() == [0, 1]
     np.testing.assert_array_equal(rank(np.tile(logits_V, (2, 1)), np.array([2, 3])), [3, 1])
     ranks = [row.rank for row in candidates(logits_V, "abcde", range(5))]
     assert ranks == [4, 1, 3, 1, 5]
@@ -506,8 +508,8 @@ def test_the_toy_vocabulary_as_a_table(call):
         (["--text", MILK, "--attention"], "--attention is for --json"),
         (["--text", MILK, "--seed", "-1"], "seed=-1"),
         (["--text", MILK, "--banned", "60000"], "banned.*60000"),
-        (["--text", MILK, "--count", "3"], "--count is for --logits"),
-        (["--text", MILK, "--temperatures", "3"], "--temperatures is for --logits"),
+        (["--text", MILK, "--count", "3"], "--count: only with --logits"),
+        (["--text", MILK, "--temperatures", "3"], "--temperatures: only with --logits"),
         (["--text", MILK, "--preset", "tiny"], "give one of"),
         (["--text", MILK, "--init-from", "gpt2"], "give one of"),
         (["--logits", "a=1"], "give one of"),
@@ -534,8 +536,8 @@ def test_bad_input_is_one_line(run, tmp_path, args, pattern):
         (["--logits", "a=nan"], "'a=nan' is not a word"),
         (["--logits", "a=inf"], "'a=inf' is not a word"),
         (["--logits", "a=1", "a=2"], "'a' is there twice"),
-        (["--logits", "a=1", "--text", "a"], "--text needs a model"),
-        (["--logits", "a=1", "--steps", "2", "--promote", "a"], "--steps, --promote needs a model"),
+        (["--logits", "a=1", "--text", "a"], "--text: only with a model"),
+        (["--logits", "a=1", "--steps", "2", "--promote", "a"], "--steps, --promote: only with a model"),
         (["--logits", "a=1", "--temperatures", "0"], "temperatures"),
         (["--logits", "a=1", "--count", "-1"], "count=-1"),
         (["--logits", "a=1", "--banned", "0"], "none left"),

