@@ -64,7 +64,9 @@ def complete_text(
     """
     options = {"key": key, "eos_id": eos_id, "num_samples": num_samples, "top_log_probs": top_log_probs}
     options |= {"functions": functions, "edits": edits}
-    request = Request.of(params, cfg, _encode(tokenizer, prompts, stop), max_new_tokens, _within(tokenizer, cfg, sampling), **options)
+    request = Request.of(
+        params, cfg, _encode(tokenizer, prompts, stop), max_new_tokens, without_padding(tokenizer, cfg, sampling), **options
+    )
     readers = [Reader(tokenizer, stop, eos_id) for _ in request.prompts]
     texts = [""] * len(readers)
     for done in _progress(request, readers, every=_CHUNK if stop else max_new_tokens):
@@ -98,10 +100,17 @@ def stream(
     """
     options = {"key": key, "eos_id": eos_id, "num_samples": num_samples, "top_log_probs": top_log_probs}
     options |= {"functions": functions, "edits": edits}
-    request = Request.of(params, cfg, _encode(tokenizer, [prompt], stop), max_new_tokens, _within(tokenizer, cfg, sampling), **options)
+    request = Request.of(
+        params, cfg, _encode(tokenizer, [prompt], stop), max_new_tokens, without_padding(tokenizer, cfg, sampling), **options
+    )
     if num_samples > 1:
         raise InputError(f"num_samples={num_samples}: one text can be streamed at a time")
     return _stream(request, Reader(tokenizer, stop, eos_id), prompt)
+
+
+def without_padding(tokenizer: Tokenizer, cfg: GPTConfig, sampling: SamplingConfig) -> SamplingConfig:
+    """The same settings, with the tokens banned that the model's vocabulary is padded with: those that the tokenizer lacks."""
+    return sampling.replace(banned=(*sampling.banned, *range(tokenizer.vocab_size, cfg.vocab_size)))
 
 
 class Reader:
@@ -139,11 +148,6 @@ class Reader:
         certain = len(text) - max(beginnings, default=0)
         self._held = text[certain:]
         return text[:certain]
-
-
-def _within(tokenizer: Tokenizer, cfg: GPTConfig, sampling: SamplingConfig) -> SamplingConfig:
-    """The same settings, with the tokens banned that the model's vocabulary is padded with."""
-    return sampling.replace(banned=(*sampling.banned, *range(tokenizer.vocab_size, cfg.vocab_size)))
 
 
 def _encode(tokenizer: Tokenizer, prompts: Sequence[str], stop: Sequence[str]) -> list[list[int]]:
