@@ -81,6 +81,19 @@ def load(path_or_id: Path | str, *, n_heads: int | None = None, meta: Path | Non
     return LoadedModel(load_params(source), source.cfg, source.tokenizer)
 
 
+def load_with_tokenizer(path_or_id: Path | str) -> LoadedModel:
+    """A model, as `load` reads it, whose token ids have a known meaning.
+
+    Raises:
+        InputError: as `load`, or it is not known what they mean.
+    """
+    loaded = load(path_or_id)
+    if loaded.tokenizer is None:
+        remedy = "convert_checkpoint.py --to run --meta meta.pkl makes a run folder that says so"
+        raise InputError(f"it is not known what the tokens of {path_or_id} mean: {remedy}")
+    return loaded
+
+
 def load_params(source: Source) -> Params:
     """The parameters of a source that was opened, float32, on the default device.
 

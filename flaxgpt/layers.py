@@ -1,10 +1,9 @@
-"""What GPT-2 is built from: linear layers, norm, dropout, how parameters are drawn, and a way to look at any module from outside."""
+"""What GPT-2 is built from: linear layers, norm, dropout, and how parameters are drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -98,9 +97,9 @@ class Dropout(nn.Module):
         return jnp.where(keep, x / (1 - self.rate), 0)
 
     def inert(self, rows_B: jax.Array | None) -> bool:
-        """Whether a call would return x, and nobody looks at x there (see `tapped`): then x need not exist."""
-        looked_at = self.is_mutable_collection("taps") or self.has_variable("perturbations", "input")
-        return (rows_B is None or self.rate == 0) and not looked_at
+        """Whether a call would return x, and nobody looks at x there or edits it (`flaxgpt.interventions`): then x need not exist."""
+        visited = self.is_mutable_collection("taps") or self.has_variable("perturbations", "input") or self.has_variable("layer", "number")
+        return (rows_B is None or self.rate == 0) and not visited
 
 
 class Identity(nn.Module):
@@ -194,33 +193,3 @@ INITIALISERS: dict[str, tuple[Callable[[GPTConfig], Initializer], Callable[[GPTC
     "trf_blocks/ff/layers_2/bias":     (_zeros,     _bias_from_F),
     "out_head/kernel":                 (_normal,    _linear),
 }  # fmt: skip
-
-
-def tapped(points: Collection[str]) -> AbstractContextManager[None]:
-    """Within it, `GPT(cfg).apply` gives and takes activations at these points of the forward pass.
-
-    A point is a module's path and "input" or "output", for instance "trf_blocks/norm1/output": the first positional argument of
-    its call, or the (first) result. With `mutable=["taps"]`, the activation comes back in that collection at the point's path. An
-    array of its shape in the collection "perturbations" at that path is added to it, so the gradient with respect to that array is
-    the gradient with respect to the activation. The model is not changed by it, nor is anything traced outside.
-    `torch_ref.parity.torch_side.tapped` is its twin, made of hooks.
-    """
-
-    def tap(module: nn.Module, end: Literal["input", "output"], x: Any) -> Any:
-        if "/".join((*module.path, end)) not in points:
-            return x
-        if module.has_variable("perturbations", end):
-            x = x + module.get_variable("perturbations", end)
-        module.sow("taps", end, x, init_fn=lambda: None, reduce_fn=lambda _, new: new)
-        return x
-
-    def intercept(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
-        if context.method_name != "__call__" or not args:
-            return call(*args, **kwargs)
-        x, *others = args
-        result = call(tap(context.module, "input", x), *others, **kwargs)
-        if isinstance(result, tuple):
-            return tap(context.module, "output", result[0]), *result[1:]
-        return tap(context.module, "output", result)
-
-    return nn.intercept_methods(intercept)

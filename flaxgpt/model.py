@@ -16,6 +16,9 @@ import jax.numpy as jnp
 
 from flaxgpt.cache import LayerCache
 from flaxgpt.config import GPTConfig
+from flaxgpt.edits import Edits, checked_edits
+from flaxgpt.errors import InputError
+from flaxgpt.interventions import editing, layer_numbers, visiting
 from flaxgpt.kernels import choose_attention, current_platform, fused_attention
 from flaxgpt.layers import Dropout, Embedding, Identity, LayerNorm, OutHead, dense, project, rematerialised, wide
 from flaxgpt.sharding import placed
@@ -40,6 +43,7 @@ def forward(
     dropout_key: jax.Array | None = None,
     rows_B: jax.Array | None = None,
     dropout_masks: Params | None = None,
+    edits: Edits | None = None,
 ) -> jax.Array:
     """float32 logits_BTV of the token after each position (float64 of a float64 model).
 
@@ -53,11 +57,12 @@ def forward(
         rows_B: numbers of the rows in the batch that they are part of: a row's masks depend on the key and on its number alone.
             None: 0 to B - 1.
         dropout_masks: what dropout keeps, booleans by module (see `flaxgpt.layers.Dropout`).
+        edits: what becomes of activations, by the names of `flaxgpt.sites`: `{"trf_blocks.3.att.out": scale(0)}` (see `flaxgpt.edits`).
 
     Raises:
-        ValueError: T is larger than the context length, or a mask has another shape than what it is for.
+        ValueError: T is larger than the context length, a mask has another shape than what it is for, or an edit makes no sense.
     """
-    return _apply("__call__", params, cfg, tokens_BT, dropout_key, rows_B, dropout_masks)
+    return _apply("__call__", params, cfg, tokens_BT, dropout_key, rows_B, dropout_masks, edits)
 
 
 def hidden(
@@ -68,9 +73,16 @@ def hidden(
     dropout_key: jax.Array | None = None,
     rows_B: jax.Array | None = None,
     dropout_masks: Params | None = None,
+    edits: Edits | None = None,
 ) -> jax.Array:
-    """All of `forward` but the head, with its arguments: x_BTD, whose product with `head_kernel` is the logits."""
-    return _apply("hidden", params, cfg, tokens_BT, dropout_key, rows_B, dropout_masks)
+    """All of `forward` but the head, with its arguments: x_BTD, whose product with `head_kernel` is the logits.
+
+    Raises:
+        ValueError: as `forward`, and for an edit of the logits.
+    """
+    if edits and "logits" in edits:
+        raise InputError("logits: they are not computed here, so they can't be edited; forward computes them")
+    return _apply("hidden", params, cfg, tokens_BT, dropout_key, rows_B, dropout_masks, edits)
 
 
 def head_kernel(params: Params, cfg: GPTConfig) -> jax.Array:
@@ -86,12 +98,15 @@ def _apply(
     dropout_key: jax.Array | None,
     rows_B: jax.Array | None,
     dropout_masks: Params | None,
+    edits: Edits | None,
 ) -> jax.Array:
     collections = {"params": params} if dropout_masks is None else {"params": params, "dropout_masks": dropout_masks}
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     if rows_B is None and not (dropout_key is None and dropout_masks is None):
         rows_B = jnp.arange(tokens_BT.shape[0])
-    return GPT(cfg).apply(collections, tokens_BT, rows_B, rngs=rngs, method=method)
+    edits, positions = checked_edits(edits or {}, cfg, tokens_BT.shape[1]), jnp.arange(tokens_BT.shape[1])
+    with visiting(*editing(edits, cfg, positions)):
+        return GPT(cfg).apply(collections | layer_numbers(edits, cfg), tokens_BT, rows_B, rngs=rngs, method=method)
 
 
 class GPT(nn.Module):
@@ -117,8 +132,7 @@ class GPT(nn.Module):
         cfg, T = self.cfg, tokens_BT.shape[1]
         if T > cfg.context_length:
             raise ValueError(f"{T} tokens do not fit in context_length={cfg.context_length}; crop them to the last ones")
-        x_BTD = placed(self.embed(tokens_BT, jnp.arange(T)), "BTD")
-        x_BTD = self.drop_emb(x_BTD, rows_B)
+        x_BTD = self.embed(tokens_BT, jnp.arange(T), rows_B)
 
         def block(module: TransformerBlock, x_BTD: jax.Array, cache: None) -> tuple[jax.Array, None]:
             x_BTD, cache = module(x_BTD, cache, rows_B)
@@ -127,15 +141,15 @@ class GPT(nn.Module):
         # One compiled block, run L times: every collection and the dropout keys are split along the L axis.
         x_BTD, _ = nn.scan(
             rematerialised(block, cfg),
-            variable_axes={"params": 0, "dropout_masks": 0, "taps": 0, "perturbations": 0},
+            variable_axes={"params": 0, "dropout_masks": 0, "taps": 0, "perturbations": 0, "layer": 0},
             split_rngs={"params": True, "dropout": True},
             length=cfg.n_layers,
         )(self.trf_blocks, x_BTD, None)
         return self.final_norm(x_BTD)
 
-    def embed(self, tokens_BT: jax.Array, positions: jax.Array) -> jax.Array:
-        """What enters the first block, before dropout; positions are (T,) or (B, T)."""
-        return self.tok_emb(tokens_BT) + self.pos_emb(positions)
+    def embed(self, tokens_BT: jax.Array, positions: jax.Array, rows_B: jax.Array | None = None) -> jax.Array:
+        """What enters the first block; positions are (T,) or (B, T)."""
+        return self.drop_emb(placed(self.tok_emb(tokens_BT) + self.pos_emb(positions), "BTD"), rows_B)
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """The head: the final norm's output to logits_BTV."""

@@ -94,6 +94,15 @@ _CLIP_VALUE = """norm = torch.nn.utils.get_total_norm([p.grad for p in model.par
     return norm"""
 _RATE = "rate = make_schedule(cfg)(step)"
 _BLOCK = "out_BTD = self.att(self.norm1(x_BTD), use_cache)"
+_INTERVENTIONS, _TORCH_INTERVENTIONS = "flaxgpt.interventions", "torch_ref.interventions"
+_SHORTCUT = """x_BTD = self.shortcut1(x_BTD + self.drop_shortcut1(out_BTD, rows_B))
+        out_BTD = self.ff(self.norm2(x_BTD))"""
+_UNREAD = """before_BTD = x_BTD + self.drop_shortcut1(out_BTD, rows_B)
+        x_BTD, out_BTD = self.shortcut1(before_BTD), self.ff(self.norm2(before_BTD))"""
+_TORCH_SHORTCUT = """x_BTD = self.shortcut1(x_BTD + self.drop_shortcut1(out_BTD))
+        out_BTD = self.ff(self.norm2(x_BTD))"""
+_TORCH_UNREAD = """before_BTD = x_BTD + self.drop_shortcut1(out_BTD)
+        x_BTD, out_BTD = self.shortcut1(before_BTD), self.ff(self.norm2(before_BTD))"""
 _ABOVE = "logits_BV < kth_B1"
 _ABOVE_TORCH = "logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf)"
 _TOP_K = "processors.keep_top_k(logits_BV, self.top_k)"
@@ -235,5 +244,24 @@ BUGS = (
         "torch.topk(logits_BV,",
         "torch.topk(logits_BV * sampling.temperature,",
     ),
+    Bug("edit at the wrong position", "edits", _INTERVENTIONS, "hit = (positions[..., None] ==", "hit = (1 + positions[..., None] =="),
+    Bug("edit at the wrong position", "edits", _TORCH_INTERVENTIONS, "torch.isin(positions,", "torch.isin(1 + positions,"),
+    Bug(
+        "edit of the wrong head", "edits", _INTERVENTIONS, "jnp.arange(cfg.n_heads)[:, None] ==", "1 + jnp.arange(cfg.n_heads)[:, None] =="
+    ),
+    Bug("edit of the wrong head", "edits", _TORCH_INTERVENTIONS, "torch.arange(cfg.n_heads)", "1 + torch.arange(cfg.n_heads)"),
+    Bug("edit of later layers too", "edits", _INTERVENTIONS, "cond(layer == int(", "cond(layer >= int(", "edited/trf_blocks.1.norm1.out"),
+    Bug("edit applied after it was read", "edits", _INTERVENTIONS, "in visitors:", "in reversed(visitors):", "edited/embedding"),
+    Bug(
+        "edit applied after it was read",
+        "edits",
+        _TORCH_INTERVENTIONS,
+        "register_forward_hook(after)",
+        "register_forward_hook(after, prepend=True)",
+        "edited/embedding",
+    ),
+    Bug("edit that one of two readers sees", "edits", _FLAX, _SHORTCUT, _UNREAD, "edited/trf_blocks.0.norm2.out"),
+    Bug("edit that one of two readers sees", "edits", _TORCH, _TORCH_SHORTCUT, _TORCH_UNREAD, "edited/trf_blocks.0.norm2.out"),
+    Bug("hook left behind", "edits", _TORCH_INTERVENTIONS, "site, third)).remove)", "site, third)).id.bit_length)", "after/embedding"),
 )
-"""Each is planted alone. A bug inside torch.optim has no line here to change, so only flaxgpt has it."""
+"""Each is planted alone. A bug inside torch.optim has no line here to change, so only flaxgpt has it; it has no hooks to leave behind."""

@@ -15,7 +15,8 @@ from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.convert.names import module_path
 from flaxgpt.convert.params import from_torch
 from flaxgpt.generation.generate import generate
-from flaxgpt.layers import Dropout, tapped
+from flaxgpt.interventions import tapping, visiting
+from flaxgpt.layers import Dropout
 from flaxgpt.loss import next_token_loss
 from flaxgpt.model import GPT, forward, init_params
 from flaxgpt.optim import make_optimizer
@@ -174,13 +175,13 @@ def test_taps_change_no_program_but_the_one_that_is_traced_within():
     points = {module_path(site.point) for site in sites(1)}
 
     def recorded(params):
-        with tapped(points):
+        with visiting(tapping(points)):
             return GPT(cfg).apply({"params": params}, tokens, mutable=["taps"])
 
     logits, state = jax.jit(recorded)(params)
     np.testing.assert_array_equal(logits, jax.jit(lambda params: forward(params, cfg, tokens))(params))
     taps = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(state["taps"])}
     assert taps == points, "some site is recorded by no module"
-    with pytest.raises(ZeroDivisionError), tapped(points):
+    with pytest.raises(ZeroDivisionError), visiting(tapping(points)):
         raise ZeroDivisionError
     assert train_step_program(cfg).as_text() == before

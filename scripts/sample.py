@@ -28,7 +28,7 @@ import tyro
 
 from flaxgpt.config import SamplingConfig
 from flaxgpt.errors import InputError
-from flaxgpt.run.cli import one_line_errors
+from flaxgpt.run.cli import one_line_errors, read_file, typed_text
 
 if TYPE_CHECKING:
     from flaxgpt.data.tokenizer import Tokenizer
@@ -91,15 +91,12 @@ def main() -> None:
 
     import jax
 
-    from flaxgpt.checkpoint import load, load_run
+    from flaxgpt.checkpoint import load_run, load_with_tokenizer
     from flaxgpt.generation.decode import unstack
     from flaxgpt.generation.text import complete_text, stream
 
     if args.init_from is not None:
-        params, model, tokenizer = load(args.init_from)
-        if tokenizer is None:
-            remedy = "convert_checkpoint.py --to run --meta meta.pkl makes a run folder that says so"
-            raise InputError(f"it is not known what the tokens of {args.init_from} mean: {remedy}")
+        params, model, tokenizer = load_with_tokenizer(args.init_from)
         default_prompt = tokenizer.separator
     else:
         params, cfg, tokenizer = load_run(args.checkpoint)
@@ -138,27 +135,7 @@ def read_prompts(args: SampleArgs) -> list[str]:
         return lines
     if args.prompt is None:
         return []
-    text = args.prompt
-    if text == "-":
-        try:
-            text = sys.stdin.read()
-        except UnicodeDecodeError:
-            raise InputError("prompt: standard input is not UTF-8 text") from None
-    elif text.startswith("FILE:"):
-        text = read_file(Path(text.removeprefix("FILE:")), "prompt")
-    if not text:
-        raise InputError("the prompt is empty: give at least one character with --prompt")
-    return [text]
-
-
-def read_file(path: Path, flag: str) -> str:
-    """The text of a file that a flag names."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{flag}: {path} is not UTF-8 text") from None
-    except OSError as error:
-        raise InputError(f"{flag}: can't read {path} ({error.strerror})") from None
+    return [typed_text(args.prompt, "prompt")]
 
 
 def typed_lines(tokenizer: Tokenizer) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,9 @@ from jax.typing import ArrayLike
 
 from flaxgpt.cache import Cache
 from flaxgpt.config import GPTConfig
+from flaxgpt.edits import Edit
 from flaxgpt.generation.sampling import Chain, Seen, choose
+from flaxgpt.interventions import editing, visiting
 from flaxgpt.model import GPT, TransformerBlock
 from flaxgpt.types import Params
 
@@ -59,7 +62,7 @@ def unstack(params: Params, cfg: GPTConfig) -> Params:
     return params | {"trf_blocks": tuple(map(block, range(cfg.n_layers)))}
 
 
-def next_logits(params: Params, cfg: GPTConfig, tokens_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+def next_logits(params: Params, cfg: GPTConfig, tokens_BT: jax.Array, cache: Cache, edits: Mapping[str, Edit]) -> tuple[jax.Array, Cache]:
     """The tokens that follow those in the cache -> logits_BV of the one after them, and the cache with them in it.
 
     A pure function of `unstack`ed parameters. The layers are not scanned but written out, which takes longer to compile
@@ -67,12 +70,17 @@ def next_logits(params: Params, cfg: GPTConfig, tokens_BT: jax.Array, cache: Cac
     """
     model, outside = GPT(cfg), {name: leaf for name, leaf in params.items() if name != "trf_blocks"}
     T = tokens_BT.shape[1]
-    x_BTD = model.apply({"params": outside}, tokens_BT, cache.positions_BT(T), method="embed")
+    positions_BT = cache.positions_BT(T)
+    with visiting(*editing(edits, cfg, positions_BT)):
+        x_BTD = model.apply({"params": outside}, tokens_BT, positions_BT, method="embed")
     layers = []
-    for block, layer in zip(params["trf_blocks"], cache.layers(T), strict=True):
-        x_BTD, layer = TransformerBlock(cfg).apply({"params": block}, x_BTD, layer)
+    for i, (block, layer) in enumerate(zip(params["trf_blocks"], cache.layers(T), strict=True)):
+        with visiting(*editing(edits, cfg, positions_BT, layer=i), within="trf_blocks"):
+            x_BTD, layer = TransformerBlock(cfg).apply({"params": block}, x_BTD, layer)
         layers.append(layer)
-    return model.apply({"params": outside}, x_BTD, method="last_logits"), cache.with_layers(layers)
+    with visiting(*editing(edits, cfg, positions_BT[:, -1:])):
+        logits_BV = model.apply({"params": outside}, x_BTD, method="last_logits")
+    return logits_BV, cache.with_layers(layers)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "room", "num_samples", "top_log_probs"))
@@ -85,6 +93,7 @@ def prefill(
     keys_B: jax.Array | None,
     eos_id: jax.Array,
     prompt_seen_BV: jax.Array | None,
+    edits: Mapping[str, Edit],
     *,
     room: int,
     num_samples: int = 1,
@@ -101,12 +110,13 @@ def prefill(
         keys_B: a key for each row of the result; None is greedy.
         eos_id: the token that ends a row, or -1.
         prompt_seen_BV: which tokens occur in each prompt, if a penalty is on.
+        edits: what becomes of activations, as `flaxgpt.edits.checked_edits` returns it.
         room: columns for new tokens.
         num_samples: rows made of each prompt, next to each other.
         top_log_probs: log-probabilities to keep for each token besides its own; None: not even that.
     """
     slots = prompt_BT.shape[1] + min(room, cfg.context_length)  # the cache is of no use past the context
-    logits_BV, cache = next_logits(params, cfg, prompt_BT, Cache.empty(cfg, first_B, slots))
+    logits_BV, cache = next_logits(params, cfg, prompt_BT, Cache.empty(cfg, first_B, slots), edits)
     if num_samples > 1:
         rows = logits_BV, cache, prompt_BT, prompt_seen_BV
         logits_BV, cache, prompt_BT, prompt_seen_BV = _repeat_rows(rows, num_samples)
@@ -134,6 +144,7 @@ def decode(
     chain: Chain,
     keys_B: jax.Array | None,
     eos_id: jax.Array,
+    edits: Mapping[str, Edit],
 ) -> State:
     """Add tokens until there are `until` new ones or every row has ended: a loop on the device.
 
@@ -149,6 +160,7 @@ def decode(
         chain: the processors.
         keys_B: a key for each row; None is greedy.
         eos_id: the token that ends a row, or -1.
+        edits: as in `prefill`.
     """
     C, T, first_B = cfg.context_length, state.prompt_BT.shape[1], state.cache.first_B
 
@@ -157,7 +169,7 @@ def decode(
 
     def cached(state: State) -> State:
         newest_B1 = jax.lax.dynamic_slice_in_dim(state.new_BT, state.t - 1, 1, axis=1)
-        logits_BV, cache = next_logits(params, cfg, newest_B1, state.cache)
+        logits_BV, cache = next_logits(params, cfg, newest_B1, state.cache, edits)
         return _add_token(state._replace(cache=cache), logits_BV, chain, keys_B, eos_id)
 
     def windowed(state: State) -> State:
@@ -165,7 +177,7 @@ def decode(
         tokens_BT = jnp.concatenate([state.prompt_BT, state.new_BT], axis=1)
         window_BT = jax.lax.dynamic_slice_in_dim(tokens_BT, left, C, axis=1)
         scratch = Cache.empty(cfg, jnp.maximum(first_B - left, 0), C)
-        logits_BV, _ = next_logits(params, cfg, window_BT, scratch)
+        logits_BV, _ = next_logits(params, cfg, window_BT, scratch, edits)
         return _add_token(state, logits_BV, chain, keys_B, eos_id)
 
     # Token number t is chosen by its row's prompt and t new tokens.

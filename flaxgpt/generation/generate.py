@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from flaxgpt.config import GREEDY, GPTConfig, SamplingConfig, Setting
+from flaxgpt.edits import Edit, Edits, checked_edits
 from flaxgpt.errors import InputError
 from flaxgpt.generation.decode import State, decode, prefill, unstack
 from flaxgpt.generation.sampling import Chain, Function, row_keys
@@ -32,6 +33,7 @@ def generate(
     num_samples: int = 1,
     prompt_mask: ArrayLike | None = None,
     functions: Sequence[Function] = (),
+    edits: Edits | None = None,
     **settings: Setting,
 ) -> np.ndarray:
     """Continue each prompt by `max_new_tokens` tokens, and return both.
@@ -44,7 +46,8 @@ def generate(
         longest come after zeros. Samples of one prompt are next to each other.
     """
     sampling = sampling.replace(**settings)
-    options = {"key": key, "eos_id": eos_id, "num_samples": num_samples, "prompt_mask": prompt_mask, "functions": functions}
+    options = {"key": key, "eos_id": eos_id, "num_samples": num_samples, "prompt_mask": prompt_mask}
+    options |= {"functions": functions, "edits": edits}
     done = complete(params, cfg, prompts, max_new_tokens, sampling, **options)
     if isinstance(prompts, np.ndarray | jax.Array):
         columns_BT = np.repeat(np.asarray(prompts, np.int32), num_samples, axis=0)
@@ -67,6 +70,7 @@ def complete(
     prompt_mask: ArrayLike | None = None,
     top_log_probs: int | None = None,
     functions: Sequence[Function] = (),
+    edits: Edits | None = None,
 ) -> Completion:
     """Continue each prompt by `max_new_tokens` tokens, and return these with their number and log-probabilities.
 
@@ -86,11 +90,15 @@ def complete(
         prompt_mask: (B, T) booleans, false for the padding at the left of each row of `prompts`.
         top_log_probs: return the log-probabilities of the new tokens, and of this many of the likeliest.
         functions: further processors, logits_BV -> logits_BV; a new function compiles anew.
+        edits: what becomes of activations while the prompt and each new token are read (see `flaxgpt.edits`). Another value or
+            other positions compile nothing anew, another function does; a function is handed the tokens that are being
+            read, those of the prompt with padding before them.
 
     Raises:
         InputError: an empty prompt, ids outside the vocabulary, or settings that make no sense.
     """
-    options = {"key": key, "eos_id": eos_id, "num_samples": num_samples, "prompt_mask": prompt_mask, "functions": functions}
+    options = {"key": key, "eos_id": eos_id, "num_samples": num_samples, "prompt_mask": prompt_mask}
+    options |= {"functions": functions, "edits": edits}
     request = Request.of(params, cfg, prompts, max_new_tokens, sampling, top_log_probs=top_log_probs, **options)
     return request.completion(request.decode(request.prefill(), max_new_tokens) if max_new_tokens else None)
 
@@ -133,6 +141,7 @@ class Request:
     """-1 for none."""
     num_samples: int
     top_log_probs: int | None
+    edits: dict[str, Edit]
 
     @classmethod
     def of(
@@ -149,6 +158,7 @@ class Request:
         prompt_mask: ArrayLike | None = None,
         top_log_probs: int | None = None,
         functions: Sequence[Function] = (),
+        edits: Edits | None = None,
     ) -> Request:
         """Check the arguments, which are those of `complete`."""
         sampling.check_vocabulary(cfg.vocab_size)
@@ -176,6 +186,7 @@ class Request:
             eos_id=np.int32(-1 if eos_id is None else eos_id),
             num_samples=num_samples,
             top_log_probs=top_log_probs,
+            edits=checked_edits(edits or {}, cfg, length=None),
         )
 
     def prefill(self) -> State:
@@ -199,6 +210,7 @@ class Request:
             self.keys_B,
             self.eos_id,
             seen_BV,
+            self.edits,
             room=-(-self.max_new_tokens // 64) * 64,  # a multiple of 64, so that another number of them seldom compiles anew
             num_samples=self.num_samples,
             top_log_probs=self.top_log_probs,
@@ -206,7 +218,7 @@ class Request:
 
     def decode(self, state: State, until: int) -> State:
         """The state with `until` new tokens, or fewer if all rows have ended. The one handed in is donated."""
-        return decode(self.params, self.cfg, state, np.int32(until), self.chain, self.keys_B, self.eos_id)
+        return decode(self.params, self.cfg, state, np.int32(until), self.chain, self.keys_B, self.eos_id, self.edits)
 
     def completion(self, state: State | None) -> Completion:
         """The new tokens so far, on the host; none for no state."""

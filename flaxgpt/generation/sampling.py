@@ -110,6 +110,21 @@ def choose(logits_BV: jax.Array, keys_B: jax.Array | None, t: int | jax.Array) -
     return jax.vmap(jax.random.categorical)(_token_keys(keys_B, t), logits_BV).astype(jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames="n")
+def draw_without_replacement(logits_V: jax.Array, key: jax.Array, n: int) -> jax.Array:
+    """int32 ids of n different tokens, in the order in which they are drawn: each time among those that are left (Kool et al. 2019).
+
+    The Gumbel-max trick that `choose` draws by, with the n largest in place of the largest: the first is what
+    `jax.random.categorical` draws with this key.
+
+    Args:
+        logits_V: processed logits, at least n of them finite.
+        key: a typed PRNG key.
+        n: tokens to draw.
+    """
+    return jax.lax.top_k(logits_V + jax.random.gumbel(key, logits_V.shape, logits_V.dtype), n)[1]
+
+
 def _keys_of_rows(key: jax.Array, B: int) -> jax.Array:
     return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B))
 

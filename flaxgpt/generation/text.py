@@ -12,6 +12,7 @@ import numpy as np
 
 from flaxgpt.config import GREEDY, GPTConfig, SamplingConfig
 from flaxgpt.data.tokenizer import Tokenizer
+from flaxgpt.edits import Edits
 from flaxgpt.errors import InputError
 from flaxgpt.generation.generate import Completion, Request
 from flaxgpt.generation.sampling import Function
@@ -50,6 +51,7 @@ def complete_text(
     num_samples: int = 1,
     top_log_probs: int | None = None,
     functions: Sequence[Function] = (),
+    edits: Edits | None = None,
 ) -> list[Text]:
     """Continue each prompt, all in one batch; `num_samples` continuations of one prompt are next to each other.
 
@@ -60,7 +62,8 @@ def complete_text(
     Raises:
         InputError: as `complete`, and for an empty stop string.
     """
-    options = {"key": key, "eos_id": eos_id, "num_samples": num_samples, "top_log_probs": top_log_probs, "functions": functions}
+    options = {"key": key, "eos_id": eos_id, "num_samples": num_samples, "top_log_probs": top_log_probs}
+    options |= {"functions": functions, "edits": edits}
     request = Request.of(params, cfg, _encode(tokenizer, prompts, stop), max_new_tokens, _within(tokenizer, cfg, sampling), **options)
     readers = [Reader(tokenizer, stop, eos_id) for _ in request.prompts]
     texts = [""] * len(readers)
@@ -84,6 +87,7 @@ def stream(
     num_samples: int = 1,
     top_log_probs: int | None = None,
     functions: Sequence[Function] = (),
+    edits: Edits | None = None,
 ) -> Generator[str, None, Text]:
     """Yield the continuation of one prompt piece by piece, as each token is chosen; return it whole.
 
@@ -92,7 +96,8 @@ def stream(
     Raises:
         InputError: as `complete_text`, and for more than one sample.
     """
-    options = {"key": key, "eos_id": eos_id, "num_samples": num_samples, "top_log_probs": top_log_probs, "functions": functions}
+    options = {"key": key, "eos_id": eos_id, "num_samples": num_samples, "top_log_probs": top_log_probs}
+    options |= {"functions": functions, "edits": edits}
     request = Request.of(params, cfg, _encode(tokenizer, [prompt], stop), max_new_tokens, _within(tokenizer, cfg, sampling), **options)
     if num_samples > 1:
         raise InputError(f"num_samples={num_samples}: one text can be streamed at a time")

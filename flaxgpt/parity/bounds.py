@@ -40,6 +40,10 @@ BOUNDS: dict[str, Bounds] = {
     "dropout/chance": Bounds(7.0, 4.5),  # standard deviations: beyond 7 once in 4e11 draws
     "generation/text": Bounds(0.0, 0.0),
     "generation/draws": Bounds(0.0, 0.0),
+    "edits/edited": Bounds(2e-6, 6.3e-7, 1e-14, 2.8e-15),
+    "edits/backward": Bounds(7e-5, 1.8e-5, 2e-13, 3.4e-14),
+    "edits/gradients": Bounds(7e-5, 1.8e-5, 2e-13, 3.4e-14),
+    "edits/after": Bounds(2e-6, 6.3e-7, 1e-14, 2.8e-15),
 }
 """By rung, or by rung and kind of tensor (the first word of its name).
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +19,10 @@ from jax.sharding import Mesh
 from flaxgpt.config import GPTConfig, SamplingConfig, TrainConfig
 from flaxgpt.convert.names import module_path
 from flaxgpt.convert.params import from_torch, named_parameters, per_layer, stacked
+from flaxgpt.edits import Edit, Edits, checked_edits
 from flaxgpt.generation import generate as generation
 from flaxgpt.generation.sampling import Chain, choose, gumbel_noise, row_keys
-from flaxgpt.layers import tapped
+from flaxgpt.interventions import editing, layer_numbers, tapping, visiting
 from flaxgpt.loss import next_token_loss
 from flaxgpt.model import GPT
 from flaxgpt.optim import adam_state, clip_by_global_norm, make_optimizer, with_adam_state
@@ -36,8 +37,31 @@ from flaxgpt.types import Params
 
 def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[str, Tensors]:
     """One forward and backward pass without dropout."""
+    return _passes_of(cfg, _params_in(weights, cfg, dtype), batch, {}, dtype)
+
+
+def editable(cfg: GPTConfig) -> list[str]:
+    """All sites."""
+    return [site.name for site in sites(cfg.n_layers)]
+
+
+def edited(cfg: GPTConfig, weights: Tensors, batch: Batch, edits: Edits, dtype: str) -> Tensors:
+    """One forward and backward pass with edits, and one without: an edit is an argument, so there is nothing to take away."""
+    params = _params_in(weights, cfg, dtype)
+    within, after = (_passes_of(cfg, params, batch, given, dtype) for given in (edits, {}))
+    parts = {
+        "edited": within["activations"],
+        "backward": within["backward"],
+        "gradients": within["gradients"],
+        "after": after["activations"],
+    }
+    return {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
+
+
+def _passes_of(cfg: GPTConfig, params: Params, batch: Batch, edits: Edits, dtype: str) -> dict[str, Tensors]:
     with precision(dtype):
-        loss, taps, grads, tap_grads = jax.device_get(_passes(_params(weights, cfg, dtype), batch, _of(cfg, dtype)))
+        checked = checked_edits(edits, cfg, batch[0].shape[1])
+        loss, taps, grads, tap_grads = jax.device_get(_passes(params, batch, checked, _of(cfg, dtype)))
     forward, backward = per_layer(taps, cfg), per_layer(tap_grads, cfg)
     points = {site.name: site.point for site in sites(cfg.n_layers)}
     return {
@@ -163,14 +187,14 @@ def precision(dtype: str) -> Iterator[None]:
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _passes(params: Params, batch: Batch, cfg: GPTConfig) -> tuple[Any, ...]:
+def _passes(params: Params, batch: Batch, edits: Mapping[str, Edit], cfg: GPTConfig) -> tuple[Any, ...]:
     inputs_BT, targets_BT = batch
     # Of one block: the scan runs it L times.
     points = {module_path(site.point) for site in sites(1)}
 
     def run(params: Params, perturbations: Any) -> tuple[jax.Array, Any]:
-        variables = {"params": placed_params(params), "perturbations": perturbations}
-        with tapped(points):
+        variables = {"params": placed_params(params), "perturbations": perturbations, **layer_numbers(edits, cfg)}
+        with visiting(*editing(edits, cfg, jnp.arange(inputs_BT.shape[1])), tapping(points)):
             logits_BTV, state = GPT(cfg).apply(variables, inputs_BT, mutable=["taps"])
         return next_token_loss(logits_BTV, targets_BT), state["taps"]
 
@@ -215,6 +239,11 @@ def _of(cfg: GPTConfig, dtype: str) -> GPTConfig:
 def _draw_masks(key: jax.Array, params: Params, inputs_BT: jax.Array, cfg: GPTConfig) -> Any:
     _, drawn = GPT(cfg).apply({"params": params}, inputs_BT, jnp.arange(len(inputs_BT)), rngs={"dropout": key}, mutable=["dropout_masks"])
     return drawn["dropout_masks"]
+
+
+def _params_in(weights: Tensors, cfg: GPTConfig, dtype: str) -> Params:
+    with precision(dtype):
+        return _params(weights, cfg, dtype)
 
 
 def _params(weights: Tensors, cfg: GPTConfig, dtype: str) -> Params:

@@ -16,15 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from flaxgpt.config import TrainConfig
+from flaxgpt import edits
+from flaxgpt.config import GPTConfig, TrainConfig
+from flaxgpt.edits import Edits
 from flaxgpt.errors import InputError
 from flaxgpt.parity.bounds import BOUNDS, bfloat16_error
 from flaxgpt.parity.compare import Measurement, Result, compare
 from flaxgpt.parity.problem import Problem
 from flaxgpt.parity.side import Moments, NoiseDrivenSide, SeededSide, Side, Tensors
 from flaxgpt.parity.text_rung import measure_draws, measure_text
+from flaxgpt.sites import sites_meant
 
-RUNGS = ("activations", "loss", "gradients", "clipping", "adamw", "accumulation", "training", "dropout", "generation")
+RUNGS = ("activations", "loss", "gradients", "clipping", "adamw", "accumulation", "training", "dropout", "generation", "edits")
 """In order, the methods of Ladder; rung n of the report is the n-th, from 1."""
 
 
@@ -113,6 +116,13 @@ class Ladder:
         """Text to twice the context, greedy and drawn with the same noise; and draws from logits with many ties."""
         yield from measure_text(self.ours, self.theirs, self.problem)
         yield from measure_draws(self.ours, self.theirs, self.problem.seed)
+
+    def edits(self) -> Iterable[Measurement]:
+        """A pass, forward and backward, in which every activation that can be is edited; and one when the edits are gone."""
+        cfg, weights, batch = self.problem.cfg.model, self.problem.weights, self.problem.batches[0]
+        names = [name for name in self.ours.editable(cfg) if name in self.theirs.editable(cfg)]
+        edits = random_edits(cfg, names, batch[0].shape[1], self.problem.seed)
+        return self._measure(lambda side, dtype: side.edited(cfg, weights, batch, edits, dtype), _at_least_float32(self.dtype))
 
     def _of_pass(self, rung: str) -> list[Measurement]:
         rows = self._pass[rung]
@@ -240,6 +250,22 @@ _VARIANTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("cosine, all decay", 60, {"decay": "all", "warmup_steps": 10, "decay_steps": 100}),
     ("after the cosine, matrices decay", 200, {"decay": "matrices", "warmup_steps": 10, "decay_steps": 100}),
 )
+
+
+def random_edits(cfg: GPTConfig, names: Sequence[str], length: int, seed: int) -> Edits:
+    """For each of these sites another kind of edit in turn, of random size, at some positions and in some heads, where it has any."""
+    rng = np.random.default_rng([seed, 3])
+    width = {"D": cfg.emb_dim, "E": cfg.emb_dim, "F": 4 * cfg.emb_dim, "V": cfg.vocab_size, "S": 1}
+    kinds = itertools.cycle((edits.scale, edits.add, edits.replace))
+
+    def draw(name: str, kind: Callable[..., edits.Edit]) -> edits.Edit:
+        (site,) = sites_meant(name, cfg.n_layers)
+        value = rng.normal(size=width[site.axes[-1]]).astype(np.float32)
+        positions = rng.choice(length, size=max(1, length // 3), replace=False)
+        heads = rng.choice(cfg.n_heads, size=max(1, cfg.n_heads // 2), replace=False) if set(site.axes) & set("NE") else None
+        return kind(value, positions=positions, heads=heads)
+
+    return {name: draw(name, kind) for name, kind in zip(names, kinds, strict=False)}
 
 
 def max_z_score(masks: Sequence[Tensors], keep_rate: float) -> float:

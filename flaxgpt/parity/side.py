@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from flaxgpt.config import GPTConfig, TrainConfig
+from flaxgpt.edits import Edits
 
 Tensors = dict[str, np.ndarray]
 """Arrays by name, in the order in which they are computed."""
@@ -37,6 +38,17 @@ class Side(Protocol):
         Returns:
             "activations"; "loss"; "backward", the gradients of the loss with respect to the activations, the last one first; and
             "gradients", those with respect to the parameters.
+        """
+
+    def editable(self, cfg: GPTConfig) -> list[str]:
+        """The sites (`flaxgpt.sites`) whose activations can be edited."""
+
+    def edited(self, cfg: GPTConfig, weights: Tensors, batch: Batch, edits: Edits, dtype: str) -> Tensors:
+        """One forward and backward pass with edits, and then, of the same model, one without.
+
+        Returns:
+            "edited/..." and "after/...", the activations of the one and of the other; and of the first also "backward/..." and
+            "gradients/...", as in `passes`.
         """
 
     def clip(self, gradients: Tensors, cfg: TrainConfig, dtype: str) -> Tensors:

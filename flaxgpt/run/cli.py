@@ -152,6 +152,39 @@ def parse_plan(description: str, args: list[str] | None = None) -> PlanArgs:
     return tyro.cli(PlanArgs, args=args, default=default, description=description)
 
 
+def typed_text(value: str, flag: str) -> str:
+    """The text that a flag gives: itself, that of a file (FILE:path), or standard input (-).
+
+    Raises:
+        InputError: it is empty, or can't be read.
+    """
+    text = value
+    if value == "-":
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError:
+            raise InputError(f"{flag}: standard input is not UTF-8 text") from None
+    elif value.startswith("FILE:"):
+        text = read_file(Path(value.removeprefix("FILE:")), flag)
+    if not text:
+        raise InputError(f"the {flag} is empty: give at least one character with --{flag}")
+    return text
+
+
+def read_file(path: Path, flag: str) -> str:
+    """The text of a file that a flag names.
+
+    Raises:
+        InputError: it can't be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{flag}: {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise InputError(f"{flag}: can't read {path} ({error.strerror})") from None
+
+
 def sample_command(out_dir: Path) -> str:
     """The command that samples from a run, for the terminal that the current script was started in."""
     script = Path(sys.argv[0])

@@ -20,6 +20,7 @@ from flaxgpt.convert.names import HUGGINGFACE, parameters
 from flaxgpt.convert.params import from_torch, named_parameters
 from flaxgpt.parity.side import Noise, Tensors
 from flaxgpt.sites import sites
+from torch_ref.interventions import Points
 from torch_ref.parity.torch_side import TorchSide
 
 
@@ -68,7 +69,11 @@ class HuggingFaceSide(TorchSide):
         model.register_forward_hook(lambda module, args, result: result.logits)
         return model
 
-    def points(self, cfg: GPTConfig) -> dict[str, tuple[str, int | None]]:
+    def editable(self, cfg: GPTConfig) -> list[str]:
+        """All sites but two of each block: hooks reach neither its attention weights, nor both readers of the stream between its halves."""
+        return [name for name in self.points(cfg) if not name.endswith((".att.weights", ".shortcut1"))]
+
+    def points(self, cfg: GPTConfig) -> Points:
         """All sites: none is hidden in it."""
         return {site.name: (site.huggingface, site.third) for site in sites(cfg.n_layers)}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from flaxgpt.config import GPTConfig, SamplingConfig, TrainConfig
+from flaxgpt.edits import Edits
 from flaxgpt.parity.side import Batch, Moments, Noise, Tensors
 from flaxgpt.sites import dropouts, sites
 from torch_ref.generation import generate as generation
 from torch_ref.generation.sampling import choose, process_logits
+from torch_ref.interventions import Points, edited, tapped
 from torch_ref.loss import calc_loss_batch
 from torch_ref.model import GPTModel
 from torch_ref.optim import apply_gradients_, clip_gradients_, make_optimizer
@@ -36,7 +37,27 @@ class TorchSide:
 
     def passes(self, cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[str, Tensors]:
         """One forward and backward pass without dropout."""
+        return self._passes(self.build(cfg, weights, dtype).eval(), cfg, batch, dtype)
+
+    def editable(self, cfg: GPTConfig) -> list[str]:
+        """All sites."""
+        return [*self.points(cfg)]
+
+    def edited(self, cfg: GPTConfig, weights: Tensors, batch: Batch, edits: Edits, dtype: str) -> Tensors:
+        """One forward and backward pass with edits, and one with the same model when its hooks are gone."""
         model = self.build(cfg, weights, dtype).eval()
+        with edited(model, edits, cfg=cfg, points=self.points(cfg)):
+            within = self._passes(model, cfg, batch, dtype)
+        model.zero_grad()
+        after = self._passes(model, cfg, batch, dtype)
+        parts = {
+            "edited": within["activations"],
+            **{name: within[name] for name in ("backward", "gradients")},
+            "after": after["activations"],
+        }
+        return {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
+
+    def _passes(self, model: nn.Module, cfg: GPTConfig, batch: Batch, dtype: str) -> dict[str, Tensors]:
         points = self.points(cfg)
         with tapped(model, {point for point, _ in points.values()}) as taps, _autocast(dtype):
             loss = calc_loss_batch(model, *map(torch.from_numpy, batch))
@@ -120,7 +141,7 @@ class TorchSide:
         model.load_state_dict({name: torch.tensor(value) for name, value in {**weights, **tied}.items()})
         return model
 
-    def points(self, cfg: GPTConfig) -> dict[str, tuple[str, int | None]]:
+    def points(self, cfg: GPTConfig) -> Points:
         """Name of a site -> its point in the model, and which third of that it is (None: all)."""
         return {site.name: (site.point, None) for site in sites(cfg.n_layers)}
 
@@ -147,31 +168,6 @@ class TorchSide:
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training moves, by the model's own names."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-@contextlib.contextmanager
-def tapped(model: nn.Module, points: Collection[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Collects the activations at these points in the forward pass made within, by hooks; `flaxgpt.layers.tapped` is its twin.
-
-    A point is a module's path and "input" or "output", as in `flaxgpt.sites`.
-    """
-    taps: dict[str, torch.Tensor] = {}
-
-    def put_on(point: str) -> RemovableHandle:
-        path, _, end = point.rpartition(".")
-        module = model.get_submodule(path)
-        if end == "input":
-            return module.register_forward_pre_hook(lambda _, args: taps.__setitem__(point, args[0]))
-        return module.register_forward_hook(
-            lambda _, args, result: taps.__setitem__(point, result[-1] if isinstance(result, tuple) else result)
-        )
-
-    hooks = [put_on(point) for point in points]
-    try:
-        yield taps
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextlib.contextmanager
