@@ -107,7 +107,9 @@ def distribution_plots(
         ("softmax", plot_softmax(logits_V, labels, target_id)),
         ("temperatures", plot_temperatures(logits_V, labels, temperatures)),
     ]
-    return figures + ([("filters", plot_filters(logits_V, labels, top_k, top_p))] if top_k or top_p else [])
+    if top_k is not None or top_p is not None:
+        figures.append(("filters", plot_filters(logits_V, labels, top_k, top_p)))
+    return figures
 
 
 def plot_logits(logits_V: np.ndarray, labels: Sequence[str], target_id: int | None = None, top: int = 8) -> Figure:
