@@ -25,6 +25,8 @@ _MODULES = {
     "complete": "generation.generate",
     "complete_text": "generation.text",
     "stream": "generation.text",
+    "inspect_tokens": "interpret.record",
+    "Inspection": "interpret.inspection",
     "load": "checkpoint",
     "load_run": "checkpoint",
     "from_torch": "convert.params",

@@ -173,8 +173,8 @@ BUGS = (
         "positions off by one",
         "activations",
         _FLAX,
-        "self.embed(tokens_BT, jnp.arange(T))",
-        "self.embed(tokens_BT, jnp.arange(1, T + 1) % T)",
+        "self.embed(tokens_BT, jnp.arange(T),",
+        "self.embed(tokens_BT, jnp.arange(1, T + 1) % T,",
         "embedding",
     ),
     Bug(
@@ -246,9 +246,7 @@ BUGS = (
     ),
     Bug("edit at the wrong position", "edits", _INTERVENTIONS, "hit = (positions[..., None] ==", "hit = (1 + positions[..., None] =="),
     Bug("edit at the wrong position", "edits", _TORCH_INTERVENTIONS, "torch.isin(positions,", "torch.isin(1 + positions,"),
-    Bug(
-        "edit of the wrong head", "edits", _INTERVENTIONS, "jnp.arange(cfg.n_heads)[:, None] ==", "1 + jnp.arange(cfg.n_heads)[:, None] =="
-    ),
+    Bug("edit of the wrong head", "edits", _INTERVENTIONS, "(jnp.arange(cfg.n_heads)", "(1 + jnp.arange(cfg.n_heads)"),
     Bug("edit of the wrong head", "edits", _TORCH_INTERVENTIONS, "torch.arange(cfg.n_heads)", "1 + torch.arange(cfg.n_heads)"),
     Bug("edit of later layers too", "edits", _INTERVENTIONS, "cond(layer == int(", "cond(layer >= int(", "edited/trf_blocks.1.norm1.out"),
     Bug("edit applied after it was read", "edits", _INTERVENTIONS, "in visitors:", "in reversed(visitors):", "edited/embedding"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from flaxgpt.config import GPTConfig, SamplingConfig
 from flaxgpt.data.tokenizer import Tokenizer
+from flaxgpt.edits import apply
 from flaxgpt.errors import InputError
 from flaxgpt.generation.sampling import Chain, Seen, draw_without_replacement
 from flaxgpt.generation.text import complete_text
@@ -61,7 +62,6 @@ def go_on(
 
 def promote(params: Params, cfg: GPTConfig, inspection: Inspection, position: int, token: int, k: int) -> Promotion:
     """Raise a token's logit at a position above all others by `RAISE`, then take the intervention away again."""
-    from flaxgpt.edits import apply
 
     def raised(logits_BTV: jax.Array) -> jax.Array:
         return logits_BTV.at[..., token].set(logits_BTV.max(-1) + RAISE)

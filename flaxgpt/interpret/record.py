@@ -15,7 +15,7 @@ from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.errors import InputError
 from flaxgpt.interpret.inspection import Inspection, Lens
 from flaxgpt.interpret.labels import token_labels
-from flaxgpt.layers import tapped
+from flaxgpt.interventions import tapping, visiting
 from flaxgpt.model import GPT
 from flaxgpt.types import Params
 
@@ -58,7 +58,7 @@ def inspect_tokens(
 def _record(params: Params, cfg: GPTConfig, ids_T: jax.Array, lens: int, attention: bool) -> tuple[Any, ...]:
     """The fields of Inspection from the logits on; those of Lens as a tuple."""
     points = ("drop_emb/output", "trf_blocks/output") * bool(lens) + ("trf_blocks/att/dropout/input",) * attention
-    with tapped(points):
+    with visiting(tapping(points)):
         logits_BTV, state = GPT(cfg).apply({"params": params}, ids_T[None], mutable=["taps"])
     taps, read, weights_LNTS = state.get("taps"), None, None
     if lens:

@@ -95,8 +95,8 @@ def step_table(steps: Iterable[Step]) -> Table:
 
 
 def lens_table(layers: Iterable[LayerPrediction]) -> Table:
-    """A line for each layer, at one position."""
-    table = _table("blocks", "likeliest next tokens", "true next: rank", "probability", left=("likeliest next tokens",))
+    """A line for each layer, at one position; rank and probability are those of the true next token."""
+    table = _table("blocks", "likeliest next tokens", "rank", "probability", left=("likeliest next tokens",))
     for layer in layers:
         top = "  ".join(f"{choice.token} {probability(choice.probability)}" for choice in layer.top)
         truth = ("-", "-") if layer.next_rank is None else (f"{layer.next_rank:,}", probability(layer.next_probability))
