@@ -173,6 +173,9 @@ def test_attention_maps_are_the_weights_and_white_after_the_query():
         drawn = np.ma.filled(axes.images[0].get_array(), np.nan)
         np.testing.assert_array_equal(drawn[np.tril_indices(7)], weights_TS[np.tril_indices(7)])
         assert np.isnan(drawn[np.triu_indices(7, 1)]).all()
+    FigureCanvasAgg(figure).draw()
+    below = [[label.get_text() for label in axes.get_xticklabels() if label.get_visible()] for axes in maps]
+    assert below == [[], [], *([[plots._shown(token) for token in tokens]] * 3)]  # two lines of three, the last place empty
 
 
 @pytest.mark.parametrize("T", [5, 200])

@@ -284,7 +284,7 @@ def plot_lens(ids_T: np.ndarray, lens: Lens, labels: Sequence[str], start: int =
         axes.set_yticks(range(layers), ["embedding", *(f"layer {i}" for i in range(layers - 1))], fontsize=7)
         axes.set(xlim=(-0.5, columns - 0.5), ylabel=f"position {start + row[0]} on")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.colorbar(image, ax=all_axes, label="probability of the likeliest token", shrink=1 / len(rows), anchor=(0, 1))
+    figure.colorbar(image, ax=all_axes, label="probability", shrink=1 / len(rows), anchor=(0, 1))
     figure.suptitle("What each layer predicts after each token (framed: what does follow)")
     return figure
 
@@ -303,17 +303,19 @@ def plot_attention(weights_NTS: np.ndarray, names: Sequence[str], title: str) ->
     side = 2.4 if length <= 16 else 3.2
     figure = Figure(figsize=(1.5 + side * columns, 1 + (side + 0.2) * lines), layout="constrained")
     all_axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    shown = [_shown(name) for name in names]
     for head, axes in enumerate(all_axes.flat):
         if head >= heads:
             axes.set_visible(False)
             continue
         image = axes.imshow(_causal(weights_NTS[head]), **ATTENTION)
         axes.set_title(f"head {head}", fontsize="medium")
-        axes.tick_params(labelsize=7)
-        if length <= 32:
-            shown = [_shown(name) for name in names]
-            axes.set_yticks(range(length), shown, parse_math=False)
+        lowest = head + columns >= heads
+        axes.tick_params(labelsize=7, labelbottom=lowest)
+        if length <= 32 and lowest:
             axes.set_xticks(range(length), shown, rotation=90, parse_math=False)
+        if length <= 32 and head % columns == 0:
+            axes.set_yticks(range(length), shown, parse_math=False)
     figure.colorbar(image, ax=all_axes, label="attention weight", fraction=0.03, aspect=30)
     figure.suptitle(title)
     return figure
