@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -201,6 +202,16 @@ def test_a_page_of_logits_alone_shows_what_there_is(browser, inspection, tmp_pat
     assert len(rows(opened, "alternatives")) == 10
     assert opened.evaluate("['lens', 'attention', 'shade'].map(id => document.getElementById(id).hidden)") == [True] * 3
     assert opened.complaints == []
+
+
+def test_the_browser_refuses_whatever_the_page_might_ask_the_network_for(browser, inspection, tmp_path):
+    save_page(inspection, tmp_path / "page.html", title="alone")
+    opened = browser.open(tmp_path / "page.html")
+    opened.evaluate("(new Image()).src = 'https://example.invalid/x.png'")
+    deadline = time.monotonic() + 10
+    while not opened.complaints and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ["Content Security Policy" in str(complaint) for complaint in opened.complaints] == [True]
 
 
 def test_the_data_can_not_end_its_script_element(inspection, tmp_path):
