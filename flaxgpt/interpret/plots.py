@@ -242,10 +242,12 @@ def plot_surprise(ids_T: np.ndarray, surprise_T: np.ndarray, labels: Sequence[st
     rows = _rows(len(ids_T), columns)
     columns = min(columns, len(ids_T))
     figure = Figure(figsize=(max(4.0, 1 + 0.32 * columns), 0.6 + 1.8 * len(rows)), layout="constrained")
+    names = [_shown(labels[i]) for i in ids_T]
+    upright = max(map(len, names)) <= 2
     highest = np.nanmax(np.append(surprise_T, 1.0))
     for axes, row in zip(figure.subplots(len(rows), squeeze=False)[:, 0], rows, strict=True):
         axes.bar(range(len(row)), np.nan_to_num(surprise_T[row]), color=PLAIN)
-        axes.set_xticks(range(len(row)), [_shown(labels[i]) for i in ids_T[row]], rotation=90, fontsize=7, parse_math=False)
+        axes.set_xticks(range(len(row)), [names[t] for t in row], rotation=0 if upright else 90, fontsize=7, parse_math=False)
         axes.set(xlim=(-0.6, columns - 0.4), ylim=(0, 1.05 * highest), ylabel=f"position {start + row[0]} on")
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle("Surprise of each token, given those before it (nats)")
