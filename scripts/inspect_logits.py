@@ -79,6 +79,7 @@ class InspectArgs:
 OF_TEXT = ("text", "position", "top", "token", "draws", "steps", "promote", "lens", "attention")
 OF_WORDS = ("temperatures", "count")
 """Flags that mean nothing without a model, or with one."""
+RANGES = {"top": (1, math.inf), "draws": (0, 1000), "steps": (0, math.inf), "lens": (0, math.inf), "count": (0, 1_000_000)}
 
 
 @one_line_errors
@@ -105,9 +106,10 @@ def check(args: InspectArgs) -> None:
         raise InputError("give a text to look at with --text")
     if args.seed is not None and not 0 <= args.seed < 2**32:
         raise InputError(f"seed={args.seed}: expected a value in [0, 2**32)")
-    for name, least in {"top": 1, "draws": 0, "steps": 0, "lens": 0, "count": 0}.items():
-        if getattr(args, name) < least:
-            raise InputError(f"{name}={getattr(args, name)}: expected at least {least}")
+    for name, (least, most) in RANGES.items():
+        if not least <= getattr(args, name) <= most:
+            expected = f"at least {least}" if most == math.inf else f"{least} to {most:,}"
+            raise InputError(f"{name}={getattr(args, name)}: expected {expected}")
     if args.attention and not args.json:
         raise InputError("--attention is for --json: the tables have no place for it")
     if not all(1e-6 <= temperature < math.inf for temperature in args.temperatures):

@@ -12,7 +12,6 @@ import numpy as np
 from flaxgpt.config import GPTConfig, SamplingConfig
 from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.edits import apply
-from flaxgpt.errors import InputError
 from flaxgpt.generation.sampling import Chain, Seen, draw_without_replacement
 from flaxgpt.generation.text import complete_text
 from flaxgpt.interpret.inspection import Inspection
@@ -22,7 +21,7 @@ from flaxgpt.types import Params
 
 
 def draw_tokens(inspection: Inspection, position: int, sampling: SamplingConfig, key: jax.Array, n: int) -> Draws:
-    """Draw n tokens to follow a position, without replacement and with it.
+    """Draw n tokens to follow a position, without replacement (or as many as the processors leave, if these are fewer) and with it.
 
     Args:
         inspection: the text and its logits.
@@ -32,13 +31,12 @@ def draw_tokens(inspection: Inspection, position: int, sampling: SamplingConfig,
         n: at least 1.
 
     Raises:
-        InputError: fewer than n tokens are left by the processors, or they name tokens outside the vocabulary.
+        InputError: the processors name tokens outside the vocabulary.
     """
     processed_V = _process(inspection.logits_TV[position], sampling, inspection.ids_T[: position + 1])
-    if (left := int(np.isfinite(processed_V).sum())) < n:
-        raise InputError(f"draws={n}: without replacement, only {left} tokens are left to be drawn")
+    left = int(jnp.isfinite(processed_V).sum())
     without_key, with_key = jax.random.split(key)
-    ids = draw_without_replacement(processed_V, without_key, n), _draw(processed_V, with_key, n)
+    ids = draw_without_replacement(processed_V, without_key, min(n, left)), _draw(processed_V, with_key, n)
     return Draws(*(candidates(np.asarray(processed_V), inspection.labels_V, np.asarray(drawn)) for drawn in ids))
 
 

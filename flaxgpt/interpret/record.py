@@ -13,9 +13,9 @@ import numpy as np
 from flaxgpt.config import GPTConfig
 from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.errors import InputError
+from flaxgpt.interpret.activations import activations
 from flaxgpt.interpret.inspection import Inspection, Lens
 from flaxgpt.interpret.labels import token_labels
-from flaxgpt.interventions import tapping, visiting
 from flaxgpt.model import GPT
 from flaxgpt.types import Params
 
@@ -54,19 +54,16 @@ def inspect_tokens(
     return Inspection(ids_T, token_labels(tokenizer, cfg.vocab_size), logits_TV, Lens(*read) if lens else None, weights_LNTS)
 
 
+_RESIDUAL, _WEIGHTS = "trf_blocks.{}.shortcut2", "trf_blocks.{}.att.weights"
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "lens", "attention"))
 def _record(params: Params, cfg: GPTConfig, ids_T: jax.Array, lens: int, attention: bool) -> tuple[Any, ...]:
     """The fields of Inspection from the logits on; those of Lens as a tuple."""
-    points = ("drop_emb/output", "trf_blocks/output") * bool(lens) + ("trf_blocks/att/dropout/input",) * attention
-    with visiting(tapping(points)):
-        logits_BTV, state = GPT(cfg).apply({"params": params}, ids_T[None], mutable=["taps"])
-    taps, read, weights_LNTS = state.get("taps"), None, None
-    if lens:
-        x_LTD = taps["trf_blocks"]["output"][:, 0]
-        x_MTD = jnp.concatenate([taps["drop_emb"]["output"], x_LTD])
-        read = _lens(params, cfg, x_MTD, ids_T, lens)
-    if attention:
-        weights_LNTS = taps["trf_blocks"]["att"]["dropout"]["input"][:, 0].astype(jnp.float32)
+    names = ["embedding", _RESIDUAL] * bool(lens) + [_WEIGHTS] * attention
+    logits_BTV, taken = activations(params, cfg, ids_T[None], names)
+    read = _lens(params, cfg, jnp.concatenate([taken["embedding"], taken[_RESIDUAL][:, 0]]), ids_T, lens) if lens else None
+    weights_LNTS = taken[_WEIGHTS][:, 0].astype(jnp.float32) if attention else None
     return logits_BTV[0].astype(jnp.float32), read, weights_LNTS
 
 

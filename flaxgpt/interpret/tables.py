@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import zip_longest
 
 from rich.console import Console
 from rich.table import Table
@@ -75,8 +76,8 @@ def draws_table(draws: Draws) -> Table:
     table = _table(
         "draw", "without replacement", "probability", "with replacement", "probability", left=("without replacement", "with replacement")
     )
-    for i, (one, other) in enumerate(zip(draws.without_replacement, draws.with_replacement, strict=True), start=1):
-        table.add_row(f"{i}", one.token, probability(one.probability), other.token, probability(other.probability))
+    for i, pair in enumerate(zip_longest(draws.without_replacement, draws.with_replacement), start=1):
+        table.add_row(f"{i}", *(cell for row in pair for cell in ((row.token, probability(row.probability)) if row else ("", ""))))
     return table
 
 

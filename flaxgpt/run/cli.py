@@ -158,14 +158,14 @@ def typed_text(value: str, flag: str) -> str:
     Raises:
         InputError: it is empty, or can't be read.
     """
-    text = value
-    if value == "-":
-        try:
-            text = sys.stdin.read()
-        except UnicodeDecodeError:
-            raise InputError(f"{flag}: standard input is not UTF-8 text") from None
-    elif value.startswith("FILE:"):
+    if value.startswith("FILE:"):
         text = read_file(Path(value.removeprefix("FILE:")), flag)
+    else:
+        try:
+            text = sys.stdin.read() if value == "-" else value
+            text.encode()  # the shell passes on any bytes
+        except UnicodeError:
+            raise InputError(f"{flag}: {'standard input' if value == '-' else 'it'} is not UTF-8 text") from None
     if not text:
         raise InputError(f"the {flag} is empty: give at least one character with --{flag}")
     return text
