@@ -38,8 +38,8 @@ def save_loss_plot(records: list[Record], path: Path, title: str) -> None:
     save_figure(figure, path)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG, atomically."""
+def save_figure(figure: Figure, path: Path, kind: str = "png") -> None:
+    """Write a figure atomically, in a format of Matplotlib's ("png", "svg")."""
     scratch = path.with_name(f".{path.name}.writing")
-    figure.savefig(scratch, format="png", dpi=130)
+    figure.savefig(scratch, format=kind, dpi=130)
     os.replace(scratch, path)
