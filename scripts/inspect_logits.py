@@ -5,6 +5,7 @@ Examples:
   inspect_logits.py --init-from gpt2 --text "The sky is" --position -1 --top 10 --token " red" --token " blue"
   inspect_logits.py --init-from gpt2 --text "I like oat milk in my" --promote " coffee"
   inspect_logits.py --init-from gpt2 --text FILE:text.txt --lens 3 --json
+  inspect_logits.py --checkpoint runs/tiny --text "The value of" --html page.html --plots pictures
   inspect_logits.py --checkpoint runs/tiny --text "The " --steps 20 --temperature 0.8 --top-k 10 --seed 1
   inspect_logits.py --preset gpt2-124m --seed 0 --text "Random weights expect nothing."
   inspect_logits.py --logits closer=4.51 every=0.89 effort=-1.90 forward=6.75 --top-k 2     # words and logits, without a model
@@ -14,11 +15,13 @@ Tables, or JSON, go to standard output; the seed, which repeats what was drawn, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import secrets
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,8 +66,12 @@ class InspectArgs:
     """Raise this token's logit to 10 above the largest, and take that away again."""
     lens: int = 0
     """The logit lens: this many of the likeliest tokens that each layer predicts; 0: none."""
-    attention: bool = False
-    """Put the attention weights into the JSON."""
+    attention: bool | None = None
+    """Attention weights, in the JSON, the pictures and the page; None: in the last two."""
+    plots: Path | None = None
+    """Draw pictures into this folder, each as a PNG and an SVG: the distribution at the position; surprise, lens and attention."""
+    html: Path | None = None
+    """Write a page to explore the text in a browser, without a network."""
     temperatures: tuple[float, ...] = (1.0, 0.1, 5.0)
     """Temperatures at which to show the probabilities of --logits."""
     count: int = 1000
@@ -76,7 +83,7 @@ class InspectArgs:
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = field(default_factory=lambda: GREEDY)
 
 
-OF_TEXT = ("text", "position", "top", "token", "draws", "steps", "promote", "lens", "attention")
+OF_TEXT = ("text", "position", "top", "token", "draws", "steps", "promote", "lens", "attention", "html")
 OF_WORDS = ("temperatures", "count")
 """Flags that mean nothing without a model, or with one."""
 RANGES = {"top": (1, math.inf), "draws": (0, 1000), "steps": (0, math.inf), "lens": (0, math.inf), "count": (0, 1_000_000)}
@@ -110,8 +117,10 @@ def check(args: InspectArgs) -> None:
         if not least <= getattr(args, name) <= most:
             expected = f"at least {least}" if most == math.inf else f"{least} to {most:,}"
             raise InputError(f"{name}={getattr(args, name)}: expected {expected}")
-    if args.attention and not args.json:
-        raise InputError("--attention is for --json: the tables have no place for it")
+    if args.attention and not (args.json or args.plots or args.html):
+        raise InputError("--attention is for --json, --plots and --html: the tables have no place for it")
+    if args.html and (args.html.is_dir() or not args.html.absolute().parent.is_dir()):
+        raise InputError(f"can't write {args.html}: it is a folder, or is in one that is not there")
     if not all(1e-6 <= temperature < math.inf for temperature in args.temperatures):
         raise InputError(f"temperatures={args.temperatures}: expected positive numbers, at least 1e-6")
 
@@ -125,6 +134,8 @@ def inspect_text(args: InspectArgs, seed: int) -> None:
     from flaxgpt.generation.text import without_padding
     from flaxgpt.interpret.experiments import draw_tokens, go_on, promote
     from flaxgpt.interpret.labels import token_id
+    from flaxgpt.interpret.page import save_page
+    from flaxgpt.interpret.plots import save_plots
     from flaxgpt.interpret.record import inspect_tokens
     from flaxgpt.interpret.report import Report, candidates, layer_predictions, places
     from flaxgpt.interpret.tables import show
@@ -139,7 +150,9 @@ def inspect_text(args: InspectArgs, seed: int) -> None:
     position %= T
     tokens = [token_id(tokenizer, token) for token in args.token]
     promoted = None if args.promote is None else token_id(tokenizer, args.promote)
-    inspection = inspect_tokens(params, cfg, tokenizer, ids, lens=args.lens, attention=args.attention)
+    pictures = bool(args.plots or args.html)
+    attention = pictures if args.attention is None else args.attention
+    inspection = inspect_tokens(params, cfg, tokenizer, ids, lens=args.lens or 5 * pictures, attention=attention)
     labels_V = inspection.labels_V
     draw_key, step_key = jax.random.split(seed_keys(seed)[1])
     sampling = without_padding(tokenizer, cfg, args.sampling)
@@ -157,6 +170,12 @@ def inspect_text(args: InspectArgs, seed: int) -> None:
         lens=[layer_predictions(inspection, t) for t in range(T)] if args.lens else None,
         attention=inspection.weights_LNTS.tolist() if args.attention else None,
     )
+    if args.html:
+        with can_write(args.html):
+            save_page(inspection, args.html, title=report.model, top=max(args.top, 10))
+    if args.plots:
+        with can_write(args.plots):
+            save_plots(inspection, args.plots, position=position, target_id=next(iter(tokens), promoted), **filters(args.sampling))
     if args.json:
         print(json.dumps(dataclasses.asdict(report), ensure_ascii=False))
     else:
@@ -167,15 +186,37 @@ def inspect_words(args: InspectArgs, seed: int) -> None:
     """Look at words and logits that were given by hand."""
     logits = read_words(args.logits)
 
+    import numpy as np
+
     from flaxgpt.interpret.experiments import choose_among
+    from flaxgpt.interpret.plots import distribution_plots, save_figures
     from flaxgpt.interpret.tables import show_words
     from flaxgpt.state import seed_keys
 
     words = choose_among(logits, args.sampling, args.temperatures, args.count, seed_keys(seed)[1])
+    if args.plots:
+        logits_V = np.fromiter(logits.values(), np.float32)
+        with can_write(args.plots):
+            save_figures(distribution_plots(logits_V, [*logits], temperatures=args.temperatures, **filters(args.sampling)), args.plots)
     if args.json:
         print(json.dumps(dataclasses.asdict(words) | {"seed": seed}, ensure_ascii=False))
     else:
         show_words(words)
+
+
+def filters(sampling: SamplingConfig) -> dict[str, float]:
+    """The top-k and top-p to draw: those of the flags, if they set any; else what the picture has by default."""
+    given = {"top_k": sampling.top_k, "top_p": sampling.top_p}
+    return given if any(given.values()) else {}
+
+
+@contextlib.contextmanager
+def can_write(path: Path) -> Iterator[None]:
+    """One line for a place that can't be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"can't write {path} ({error.strerror})") from None
 
 
 def read_words(given: tuple[str, ...]) -> dict[str, float]:
