@@ -120,6 +120,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
         return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
+    @property
+    def newest(self) -> int | None:
+        """The updates that the newest checkpoint has behind it; None: there is no checkpoint."""
+        return self._manager.latest_step() if self._folder.is_dir() else None
+
     def save(self, state: TrainState) -> None:
         """Save in the background. The state may be donated right after: Orbax has taken hold of its contents."""
         rest = (state.step, state.opt_state, state.key)
@@ -156,7 +161,7 @@ class Checkpoints:
             self._manager.close()
 
     def _restore(self, **wanted: Any) -> Any:
-        step = self._manager.latest_step() if self._folder.is_dir() else None
+        step = self.newest
         if step is None:
             raise InputError(f"no checkpoint in {self._folder}")
         try:

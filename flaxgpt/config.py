@@ -177,8 +177,13 @@ class TrainConfig(_Config):
     """Batches of each split in an evaluation (all of them if there are fewer)."""
     checkpoint_every: int = 1000
     """Updates between checkpoints; the last update is always saved."""
+    checkpoint_minutes: float | None = 10.0
+    """Minutes between checkpoints at most, so that a run that is killed loses no more; None: they don't matter."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
+    skip_nonfinite: int = 0
+    """Updates in a row that may be skipped because their loss or gradient is not finite; one more stops the run. They are counted in
+    the metrics."""
     prompt: str | None = None
     """What the sample after each evaluation starts from; None: two words of the validation text."""
     sample_tokens: int = 50
@@ -200,9 +205,9 @@ class TrainConfig(_Config):
         counts = "stride batch_size max_steps decay_steps log_every eval_every eval_batches checkpoint_every"
         self._require(f"{counts} keep_checkpoints fsdp tensor", lambda v: v >= 1, "at least 1")
         self._require("grad_accum_steps", lambda v: v == "auto" or v >= 1, "at least 1, or auto")
-        self._require("warmup_steps sample_tokens", lambda v: v >= 0, "at least 0")
+        self._require("warmup_steps sample_tokens skip_nonfinite", lambda v: v >= 0, "at least 0")
         self._require("learning_rate min_learning_rate weight_decay", lambda v: 0 <= v < math.inf, "a number of at least 0")
-        self._require("eps clip_norm", lambda v: 0 < v < math.inf, "a positive number")
+        self._require("eps clip_norm checkpoint_minutes", lambda v: 0 < v < math.inf, "a positive number")
         self._require("beta1 beta2", lambda v: 0 <= v < 1, "a value in [0, 1)")
         self._require("train_ratio", lambda v: 0 < v < 1, "a value between 0 and 1, so that some text trains and some validates")
         self._require("seed", lambda v: 0 <= v < 2**32, "a value in [0, 2**32)")

@@ -14,6 +14,7 @@ from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.layers import wide
 from flaxgpt.loss import head_loss
 from flaxgpt.model import head_kernel, hidden
+from flaxgpt.optim import adam_state
 from flaxgpt.sharding import data_parallel, placed_params, state_shardings
 from flaxgpt.state import TrainState, abstract_state
 from flaxgpt.types import Batch, Params
@@ -28,6 +29,7 @@ def make_train_step(
     *,
     gather: Literal["layer", "update"] = "layer",
     shardings: Params | None = None,
+    skip_nonfinite: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The function that makes one update: (state, (inputs_BT, targets_BT)) -> (state, metrics).
 
@@ -42,6 +44,8 @@ def make_train_step(
         grad_accum_steps: microbatches that a batch is computed in; the result is the same.
         gather: when parameters that are split are gathered (see `flaxgpt.sharding.compute_mesh`).
         shardings: where they lie, if not on one device; the gradients are brought there for the optimizer.
+        skip_nonfinite: where the loss or the gradient is not finite, leave parameters and moments as they were. The metrics then have
+            `skipped` as well, how often that has happened in all updates of the state.
     """
 
     def loss_fn(params: Params, rows: dict[str, Any], dropout_key: jax.Array) -> jax.Array:
@@ -70,6 +74,11 @@ def make_train_step(
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+            if skip_nonfinite:
+                finite = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+                new, old = (params, opt_state), (state.params, state.opt_state)
+                params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+                metrics["skipped"] = state.step + 1 - adam_state(opt_state).count
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return train_step
@@ -84,7 +93,8 @@ def jit_train_step(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mes
         mesh: what the state lies on.
     """
     shardings = state_shardings(abstract_state(cfg, tx), mesh)
-    step = make_train_step(cfg.model, tx, cfg.grad_accum_steps, gather=cfg.gather, shardings=shardings.params)
+    options = {"gather": cfg.gather, "shardings": shardings.params, "skip_nonfinite": cfg.skip_nonfinite > 0}
+    step = make_train_step(cfg.model, tx, cfg.grad_accum_steps, **options)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -13,7 +15,7 @@ from flaxgpt import sharding
 from flaxgpt.checkpoint import Checkpoints
 from flaxgpt.config import TrainConfig
 from flaxgpt.data.corpora import Corpus
-from flaxgpt.data.loader import eval_batches, train_batches
+from flaxgpt.data.loader import batch_windows, eval_batches, train_batches
 from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.errors import InputError
 from flaxgpt.generation.generate import generate
@@ -29,7 +31,7 @@ from flaxgpt.types import Batch, Params
 
 
 def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False, params: Params | None = None) -> TrainState:
-    """Train from the start, or from the run folder's newest checkpoint, to `max_steps` updates.
+    """Train from the run folder's newest checkpoint if there is one to go on from, else from the start, to `max_steps` updates.
 
     Update s (from 0) trains on batch s; an evaluation, log line or checkpoint "at step s" comes after that update.
     The loop never waits for the update it has just dispatched: while the device computes it, the metrics of the one
@@ -39,13 +41,13 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
         cfg: the run, as `flaxgpt.run.setup.prepare` returns it.
         corpus: its data.
         log: what the results are reported to; its folder takes the checkpoints.
-        resume: go on from the newest of them.
+        resume: go on from the newest of them, or if there is none yet, begin anew.
         params: what to start from, if not from random parameters; arrays, or what is read where it is indexed.
 
     Raises:
         InputError: the splits are too short for the config, the devices can't share its batches, what is to be found (auto) does not fit in
-            memory, the attention that is asked for is impossible on these devices, there is nothing to resume from,
-            or the loss is not finite.
+            memory, the attention that is asked for is impossible on these devices, the run is complete, or more losses in a row
+            than `skip_nonfinite` are not finite.
     """
     if cfg.model.dtype == "float64":
         raise InputError("dtype=float64 is for comparisons (parity_report.py, replay.py): train in float32 or bfloat16")
@@ -64,38 +66,55 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
     learning_rates = np.asarray(make_schedule(cfg)(np.arange(cfg.max_steps)))
 
     with Checkpoints(log.out_dir / CHECKPOINTS, keep=cfg.keep_checkpoints) as checkpoints:
-        state = checkpoints.restore(template, shardings) if resume else create_state(cfg, optimizer, mesh, params)
+        goes_on = resume and checkpoints.newest is not None
+        state = checkpoints.restore(template, shardings) if goes_on else create_state(cfg, optimizer, mesh, params)
         start = int(state.step)
         if start >= cfg.max_steps:
             raise InputError(f"{log.out_dir} has made its {start} updates: pass a larger --max-steps to go on")
         log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=devices, resume=resume)
         unreported: tuple[int, Metrics] | None = None
+        saved_at, in_a_row = time.monotonic(), 0
+
+        def report(step: int, metrics: Metrics) -> None:
+            """Wait for the metrics of an update, check them and hand them to the log."""
+            nonlocal in_a_row
+            loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            in_a_row = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else in_a_row + 1
+            if in_a_row > cfg.skip_nonfinite:
+                windows = batch_windows(corpus.train, cfg, step)
+                check_loss(step, loss, grad_norm, f", the batch is of windows {windows}, {last_saved(checkpoints)}")
+            if in_a_row:
+                log.skipped(step, loss, grad_norm)
+            else:
+                skipped = int(metrics.get("skipped", 0))  # the schedule counts the updates that were made
+                log.update(step, loss, grad_norm, float(learning_rates[step - skipped]), skipped=skipped)
+
         for step in range(start, cfg.max_steps):
             state, metrics = train_step(state, sharding.shard_batch(batches[step], mesh))
             if unreported:
-                report(log, *unreported, learning_rates)
+                report(*unreported)
             unreported = step, metrics
-            last = step == cfg.max_steps - 1 or log.stop.requested
-            saves = last or (step + 1) % cfg.checkpoint_every == 0
+            last = step == cfg.max_steps - 1
+            due = cfg.checkpoint_minutes is not None and time.monotonic() - saved_at >= 60 * cfg.checkpoint_minutes
+            saves = last or log.stop.requested or due or (step + 1) % cfg.checkpoint_every == 0
             evaluates = last or step % cfg.eval_every == 0
             if saves or evaluates:
-                report(log, *unreported, learning_rates)  # first, since it refuses what is not finite and not worth saving
+                report(*unreported)  # first, since it refuses what is not finite and not worth saving
                 unreported = None
             if saves:
                 checkpoints.save(state)
+                saved_at = time.monotonic()
             if evaluates:
                 train_loss, val_loss = evaluate(state.params, eval_step, splits, mesh)
                 log.evaluation(step, train_loss, val_loss, sample(state.params, cfg, corpus.tokenizer))
-            if last:
+            if log.stop.requested:
                 break
     return state
 
 
-def report(log: RunLog, step: int, metrics: Metrics, learning_rates: np.ndarray) -> None:
-    """Wait for the metrics of an update, check them and hand them to the log."""
-    loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-    check_loss(step, loss, grad_norm)
-    log.update(step, loss, grad_norm, float(learning_rates[step]))
+def last_saved(checkpoints: Checkpoints) -> str:
+    """What there is to go back to, for a message."""
+    return "no checkpoint was saved" if checkpoints.newest is None else f"the last checkpoint is of {checkpoints.newest} updates"
 
 
 def evaluate(

@@ -91,7 +91,7 @@ def test_the_run_folder_holds_what_scripts_rely_on(config, tmp_path, capsys):
     run_to_the_end(config, tmp_path / "run")
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
-        *("config.json", "tokenizer.json", "data.json", "metrics.jsonl", "metrics.csv", "loss.png", "samples.txt", "checkpoints")
+        *("config.json", "tokenizer.json", "data.json", "metrics.jsonl", "metrics.csv", "loss.png", "samples.txt", "checkpoints", ".lock")
     }
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluations = [r for r in records if "val/loss" in r]
@@ -139,8 +139,8 @@ def test_ctrl_c_finishes_the_update_saves_and_can_be_resumed(config, tmp_path, m
     with RunLog(tmp_path / "run") as log:
         update = log.update
 
-        def interrupt_at_7(step, *values):
-            update(step, *values)
+        def interrupt_at_7(step, *values, **options):
+            update(step, *values, **options)
             if step == 7:
                 signal.raise_signal(signal.SIGINT)
 
@@ -150,6 +150,8 @@ def test_ctrl_c_finishes_the_update_saves_and_can_be_resumed(config, tmp_path, m
     assert log.stop.signal == signal.SIGINT
     assert 8 <= int(state.step) <= 10, "it stops soon after"
     assert_equal_bits(run_to_the_end(config, tmp_path / "run", resume=True), whole)
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+    assert (tmp_path / "run" / "samples.txt").read_text() == (tmp_path / "whole" / "samples.txt").read_text()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_remedy(config, tmp_path):

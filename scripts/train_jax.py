@@ -27,7 +27,7 @@ def main() -> None:
     params = None
     if args.source:
         params = cropped(load_params(args.source) if args.source.params is None else args.source.params, cfg.model)
-    with RunLog(args.out_dir) as log:
+    with RunLog(args.out_dir, init_from=args.source and str(args.source.path.absolute())) as log:
         train(cfg, corpus, log, resume=args.resume, params=params)
         log.summary(sample_command(args.out_dir))
     if log.stop.signal is not None:

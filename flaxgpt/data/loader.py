@@ -20,7 +20,16 @@ def train_batches(tokens: np.ndarray, cfg: TrainConfig) -> grain.MapDataset:
     Raises:
         InputError: there are fewer tokens than one window, or fewer windows than one batch.
     """
-    dataset = grain.MapDataset.source(split_windows(tokens, cfg, "training")).seed(cfg.seed)
+    return _batched(grain.MapDataset.source(split_windows(tokens, cfg, "training")), cfg)
+
+
+def batch_windows(tokens: np.ndarray, cfg: TrainConfig, step: int) -> list[int]:
+    """The numbers of the windows that the batch of an update is made of; number i starts at token i * stride of the training split."""
+    return _batched(grain.MapDataset.range(len(split_windows(tokens, cfg, "training"))), cfg)[step].tolist()
+
+
+def _batched(windows: grain.MapDataset, cfg: TrainConfig) -> grain.MapDataset:
+    dataset = windows.seed(cfg.seed)
     if cfg.shuffle:
         dataset = dataset.shuffle()
     if cfg.drop_last:

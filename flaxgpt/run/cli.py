@@ -21,7 +21,7 @@ import tyro
 from flaxgpt.config import TrainConfig
 from flaxgpt.convert.nanogpt import MODEL_ARGS
 from flaxgpt.errors import InputError
-from flaxgpt.run.folder import load_config
+from flaxgpt.run.folder import has_run, load_config, start_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class TrainArgs:
     out_dir: Path = Path("runs/tiny")
     """The run folder (by default runs/ and the preset's name)."""
     resume: bool = False
-    """Go on with the run in out_dir, with its own config; flags may change how long and how often, not what."""
+    """Go on with the run in out_dir, with its own config, from its newest checkpoint, or if there is none yet, from its start; flags may
+    change how long and how often, not what."""
     overwrite: bool = False
     """Delete the run in out_dir first."""
     init_from: str | None = None
@@ -68,18 +69,22 @@ def parse_train(description: str, args: list[str] | None = None, *, preset: str 
     with contextlib.suppress(argparse.ArgumentError):  # a flag without its value: tyro will say so
         first = peek.parse_known_args(args)[0]
     out_dir = first.out_dir or Path("runs") / f"{folder}{first.preset}"
-    config = load_config(out_dir) if first.resume else TrainConfig.preset(first.preset)
+    resume = first.resume and has_run(out_dir)
+    if first.resume and not resume:
+        print(f"{out_dir}: there is no run yet to go on with, so it begins", file=sys.stderr)
+    config = load_config(out_dir) if resume else TrainConfig.preset(first.preset)
+    init_from = start_of(out_dir) if resume else first.init_from
     source = None
-    if first.init_from and not first.resume:
+    if init_from:
         from flaxgpt.run.source import check_start, open_source, start_from
 
-        source = open_source(first.init_from)
-        config = start_from(source, config)
+        source = open_source(init_from)
+        config = config if resume else start_from(source, config)
     default = TrainArgs(preset=first.preset, out_dir=out_dir, config=config)
     parsed = tyro.cli(TrainArgs, args=args, default=default, description=description)
     if source:
         check_start(source, parsed.config)
-    return dataclasses.replace(parsed, source=source)
+    return dataclasses.replace(parsed, resume=resume, source=source)
 
 
 _FLAGS_OF_NANOGPT = {

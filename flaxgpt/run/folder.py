@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -19,8 +20,10 @@ if TYPE_CHECKING:  # it loads NumPy and the tokenizers, for which a script's --h
 
 CONFIG, TOKENIZER, DATA, SAMPLES = "config.json", "tokenizer.json", "data.json", "samples.txt"
 METRICS, METRICS_CSV, LOSS_PLOT = "metrics.jsonl", "metrics.csv", "loss.png"
-FILES = (CONFIG, TOKENIZER, DATA, SAMPLES, METRICS, METRICS_CSV, LOSS_PLOT)
-CHECKPOINTS = "checkpoints"
+START = "init_from.txt"
+"""The model that a run started from, if it did not start from random weights."""
+FILES = (CONFIG, TOKENIZER, DATA, SAMPLES, METRICS, METRICS_CSV, LOSS_PLOT, START)
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
 TORCH_WEIGHTS = "model.safetensors"
 """Name, within the checkpoints folder, of the weights that the reference saves."""
 
@@ -29,14 +32,14 @@ Record = dict[str, float]
 
 COLUMNS = (
     *("step", "tokens", "train/batch_loss", "train/loss", "val/loss", "train/perplexity", "val/perplexity"),
-    *("learning_rate", "grad_norm", "tokens_per_second", "seconds"),
+    *("learning_rate", "grad_norm", "tokens_per_second", "seconds", "skipped"),
 )
 """Columns of metrics.csv, and the keys that an object of metrics.jsonl may have.
 
 `step` counts updates from 0 and the values are those after it; `tokens` is all that was trained on so far.
 A log line has train/batch_loss (that update's own batch, dropout on), learning_rate, grad_norm (before clipping),
-tokens_per_second (since the last log line) and seconds (since the start of this process's training). An evaluation has
-the losses, in nats per token, and perplexities of both splits.
+tokens_per_second (since the last log line), seconds (since the start of this process's training) and, where updates were skipped
+because they were not finite, how many until then. An evaluation has the losses, in nats per token, and perplexities of both splits.
 """
 
 
@@ -47,13 +50,15 @@ class RunFolder:
         self.path = path
         self.records: list[Record] = []
 
-    def begin(self, cfg: TrainConfig, corpus: Corpus, step: int, *, resume: bool) -> None:
+    def begin(self, cfg: TrainConfig, corpus: Corpus, step: int, *, resume: bool, init_from: str | None) -> None:
         """Make the folder. A new run deletes what is in it, one that is resumed only the records from `step` on."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not resume:
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
             for name in FILES:
                 (self.path / name).unlink(missing_ok=True)
+        if init_from:
+            self._write(START, init_from)
         self._write(CONFIG, json.dumps(cfg.to_dict(), indent=2) + "\n")
         self._write(TOKENIZER, json.dumps(corpus.tokenizer.to_dict()) + "\n")
         self._write(DATA, corpus.fingerprint())
@@ -101,6 +106,16 @@ def load_config(folder: Path) -> TrainConfig:
         raise InputError(f"{folder} is not a run folder: can't read {path} ({getattr(error, 'strerror', None) or error})") from None
 
 
+def has_run(folder: Path) -> bool:
+    """Whether there is anything in it but a lock: a run, or what is none of ours."""
+    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+
+
+def start_of(folder: Path) -> str | None:
+    """What a run without a checkpoint is to start from again; None: random weights, or its newest checkpoint."""
+    return None if any((folder / CHECKPOINTS).glob("[0-9]*")) else read_text(folder / START)
+
+
 def read_metrics(folder: Path) -> list[Record]:
     """The objects of a run folder's metrics.jsonl, in order; a last line cut off by a crash is left out.
 
@@ -116,6 +131,14 @@ def read_metrics(folder: Path) -> list[Record]:
             if number < len(lines):
                 raise InputError(f"line {number} of {folder / METRICS} is damaged: mend or delete it") from None
     return records
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """Why the file system refused to write, if an error (of Python, or of Orbax, which only has it in its text) says so."""
+    numbers = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
+    if isinstance(error, InputError):
+        return None
+    return next((reason for reason in map(os.strerror, numbers) if reason in str(error)), None)
 
 
 def read_text(path: Path) -> str | None:

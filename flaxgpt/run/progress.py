@@ -42,6 +42,14 @@ class Terminal:
         elif logged:
             self._console.print(f"step {step:>6}/{self._max_steps}  {numbers}  {seconds_left:,.0f} s left")
 
+    def begins_again(self) -> None:
+        """Said of a run to be resumed that has no checkpoint."""
+        self._console.print("there is no checkpoint yet, so the run begins again from its start")
+
+    def skipped(self, step: int, loss: float, grad_norm: float) -> None:
+        """An update that was not made."""
+        self._console.print(f"step {step} skipped: the loss is {loss}, the gradient's norm {grad_norm}")
+
     def stopping(self) -> None:
         """Answer to a request to stop."""
         self._console.print("stopping after this update; press Ctrl-C again to stop at once")
