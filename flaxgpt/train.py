@@ -94,9 +94,9 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
             if unreported:
                 report(*unreported)
             unreported = step, metrics
-            last = step == cfg.max_steps - 1
+            last, stops = step == cfg.max_steps - 1, log.stop.requested
             due = cfg.checkpoint_minutes is not None and time.monotonic() - saved_at >= 60 * cfg.checkpoint_minutes
-            saves = last or log.stop.requested or due or (step + 1) % cfg.checkpoint_every == 0
+            saves = last or stops or due or (step + 1) % cfg.checkpoint_every == 0
             evaluates = last or step % cfg.eval_every == 0
             if saves or evaluates:
                 report(*unreported)  # first, since it refuses what is not finite and not worth saving
@@ -107,7 +107,7 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
             if evaluates:
                 train_loss, val_loss = evaluate(state.params, eval_step, splits, mesh)
                 log.evaluation(step, train_loss, val_loss, sample(state.params, cfg, corpus.tokenizer))
-            if log.stop.requested:
+            if stops:
                 break
     return state
 
