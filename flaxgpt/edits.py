@@ -107,6 +107,8 @@ def _checked(name: str, edit: Edit, cfg: GPTConfig, length: int | None) -> Edit:
     change = getattr(edit, "change", edit)
     if not isinstance(edit, Edit) or (not callable(change) and change not in ("replace", "add", "scale")):
         raise InputError(f"the edit of {name} is {change!r}: expected a function, or flaxgpt.replace, add or scale of a value")
+    if not callable(change) and edit.value is None:
+        raise InputError(f"the edit of {name} has no value to {change} with")
     if edit.heads is not None and not set(site.axes) & set("NE"):
         raise InputError(f"heads={edit.heads}: {name} is not divided into heads; att.query, key, value, weights and context are")
     heads = _whole_numbers("heads", edit.heads)

@@ -251,6 +251,7 @@ def test_rows_of_different_lengths_are_steered_as_if_alone_and_another_value_com
         ({"logits": lambda x: None}, r"the edit of logits makes NoneType of .*float32"),
         ({"logits": lambda x: np.zeros(x.shape)}, r"the edit of logits makes float64\[1, 9, 97\] of .*float32"),
         ({"logits": 3.0}, r"the edit of logits is 3\.0: expected a function, or"),
+        ({"logits": add(None)}, "the edit of logits has no value to add with"),
         ({"logits": "add"}, "the edit of logits is 'add': expected a function, or"),
         ({"embedding": scale(0, positions=jnp.array([9]))}, r"positions=.*9.* of embedding: the text has 9 tokens"),
         ({"embedding": scale(0, positions=jnp.array([1.5]))}, r"positions=.*1\.5.*: expected whole numbers"),
