@@ -301,14 +301,14 @@ class SamplingConfig(_Config):
 
     def __post_init__(self) -> None:
         self._check_types()
-        # Logits divided by less would no longer be finite in float32.
-        self._require("temperature", lambda v: v == 0 or 1e-6 <= v < math.inf, "0 (greedy) or a positive number, at least 1e-6")
+        # Logits divided by less, or changed by more, would no longer be finite in float32.
+        self._require("temperature", lambda v: v == 0 or 1e-6 <= v <= 1e30, "0 (greedy) or a positive number, at least 1e-6")
         self._require("top_k", lambda v: v >= 1, "at least 1, or none at all")
         self._require("top_p", lambda v: 0 < v <= 1, "a value in (0, 1]")
         self._require("min_p", lambda v: 0 <= v <= 1, "a value in [0, 1]")
-        self._require("repetition_penalty", lambda v: 0 < v < math.inf, "a positive number (1 changes nothing)")
-        self._require("presence_penalty frequency_penalty", math.isfinite, "a finite number")
-        self._require("logit_bias", lambda bias: all(math.isfinite(v) for v in bias.values()), "finite numbers; to exclude a token, ban it")
+        self._require("repetition_penalty", lambda v: 1e-6 <= v <= 1e30, "a positive number, at least 1e-6 (1 changes nothing)")
+        self._require("presence_penalty frequency_penalty", lambda v: abs(v) <= 1e30, "a finite number")
+        self._require("logit_bias", lambda bias: all(abs(v) <= 1e30 for v in bias.values()), "finite numbers; to exclude a token, ban it")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """InputError if a token id is outside the vocabulary, or none is left to choose."""

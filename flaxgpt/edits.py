@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_fields
 from typing import Any, Literal
@@ -39,22 +39,22 @@ Edits = Mapping[str, Edit | Function]
 
 def replace(value: ArrayLike, *, positions: int | ArrayLike | None = None, heads: int | ArrayLike | None = None) -> Edit:
     """The activation becomes this, for instance that of another run."""
-    return Edit("replace", value, positions, heads)
+    return _edit("replace", value, positions, heads)
 
 
 def add(value: ArrayLike, *, positions: int | ArrayLike | None = None, heads: int | ArrayLike | None = None) -> Edit:
     """This is added to the activation, for instance a direction to steer by."""
-    return Edit("add", value, positions, heads)
+    return _edit("add", value, positions, heads)
 
 
 def scale(factor: ArrayLike, *, positions: int | ArrayLike | None = None, heads: int | ArrayLike | None = None) -> Edit:
     """The activation is multiplied by this: `scale(0, heads=3)` of "trf_blocks.5.att.context" takes a head away."""
-    return Edit("scale", factor, positions, heads)
+    return _edit("scale", factor, positions, heads)
 
 
 def apply(function: Function, *, positions: int | ArrayLike | None = None, heads: int | ArrayLike | None = None) -> Edit:
     """The activation becomes what the function makes of it."""
-    return Edit(function, None, positions, heads)
+    return _edit(function, None, positions, heads)
 
 
 def checked_edits(edits: Edits, cfg: GPTConfig, length: int | None) -> dict[str, Edit]:
@@ -83,22 +83,32 @@ def check_value(name: str, value: ArrayLike, shape: tuple[int, ...]) -> None:
     raise InputError(f"the edit of {name} has a value of shape {[*np.shape(value)]}, which can't be broadcast to {[*shape]}")
 
 
-def check_result(name: str, before: tuple[Any, Any], after: tuple[Any, Any]) -> None:
-    """Refuse an edit that has changed the (shape, dtype) of an activation.
+def check_result(name: str, before: Any, after: Any) -> None:
+    """Refuse what an edit has made of an activation if it is no array, or of another shape or dtype.
 
     Raises:
-        InputError: it has.
+        InputError: it is.
     """
-    if after != before:
-        (shape, dtype), (new_shape, new_dtype) = before, after
-        raise InputError(f"the edit of {name} makes {new_dtype}{[*new_shape]} of {dtype}{[*shape]}: it must keep shape and dtype")
+    if _described(after) != _described(before):
+        raise InputError(f"the edit of {name} makes {_described(after)} of {_described(before)}: it must keep shape and dtype")
+
+
+def _edit(change: Any, value: ArrayLike | None, *places: int | ArrayLike | None) -> Edit:
+    """With arrays for lists and ranges, so that JAX, too, takes each of them for one thing."""
+    return Edit(change, *(np.asarray(given) if isinstance(given, Sequence) else given for given in (value, *places)))
+
+
+def _described(x: Any) -> str:
+    return f"{x.dtype}{[*x.shape]}" if hasattr(x, "dtype") and hasattr(x, "shape") else type(x).__name__
 
 
 def _checked(name: str, edit: Edit, cfg: GPTConfig, length: int | None) -> Edit:
     site = sites_meant(name, cfg.n_layers)[0]
     change = getattr(edit, "change", edit)
-    if not callable(change) and change not in ("replace", "add", "scale"):
+    if not isinstance(edit, Edit) or (not callable(change) and change not in ("replace", "add", "scale")):
         raise InputError(f"the edit of {name} is {change!r}: expected a function, or flaxgpt.replace, add or scale of a value")
+    if not callable(change) and edit.value is None:
+        raise InputError(f"the edit of {name} has no value to {change} with")
     if edit.heads is not None and not set(site.axes) & set("NE"):
         raise InputError(f"heads={edit.heads}: {name} is not divided into heads; att.query, key, value, weights and context are")
     heads = _whole_numbers("heads", edit.heads)
@@ -124,9 +134,13 @@ def _checked_positions(name: str, positions: int | ArrayLike | None, cfg: GPTCon
 
 def _whole_numbers(what: str, given: int | ArrayLike | None) -> ArrayLike | None:
     """As an array; None and what JAX is tracing, whose values are not known yet, as they are."""
-    if given is None or hasattr(given, "aval"):
+    if given is None:
+        return None
+    try:
+        numbers = np.atleast_1d(np.asarray(given))
+    except TypeError:  # JAX's, which has no values yet
         return given
-    numbers = np.atleast_1d(np.asarray(given))
+    numbers = numbers if numbers.size else numbers.astype(int)
     if not np.issubdtype(numbers.dtype, np.integer) or numbers.ndim != 1:
         raise InputError(f"{what}={given}: expected whole numbers")
     return numbers

@@ -122,8 +122,8 @@ def _edit_layer(
         else:
             check_value(name, edit.value, x.shape)
             new = _CHANGES[change](x, jnp.asarray(edit.value, x.dtype))
+        check_result(name, x, new)
         new = jnp.asarray(new)
-        check_result(name, (x.shape, x.dtype), (new.shape, new.dtype))
         chosen = _chosen(edit, site, x, cfg, positions)
         return new if chosen is None else jnp.where(chosen, new, x)
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import sys
 
 import inspect_logits
@@ -380,6 +381,20 @@ def test_json_has_every_position_with_what_comes_next(ask, logits_of):
     assert np.shape(found["attention"]) == (2, 2, 13, 13)
 
 
+def test_attention_is_in_the_json_on_the_page_or_in_both(run, tmp_path):
+    for flags, in_json, on_page in (([], False, True), (["--attention", "--no-attention-maps"], True, False)):
+        code, out, err = run("--text", "The sky", "--json", "--html", "page.html", *flags)
+        assert code == 0, err
+        assert (json.loads(out)["attention"] is not None) == in_json
+        assert ('"attention":null' not in (tmp_path / "page.html").read_text()) == on_page
+
+
+def test_what_is_no_file_is_not_replaced_by_one(run, tmp_path):
+    os.mkfifo(tmp_path / "page.html")  # as /dev/null, which an ordinary file must not take the place of
+    refused(run("--text", "The sky", "--html", "page.html"), "page.html: it is not a file")
+    assert (tmp_path / "page.html").is_fifo()
+
+
 def test_five_are_drawn_without_replacement_and_five_with_it(run, ask):
     draws = ask("--text", "The sky is")["draws"]
     assert len({row["id"] for row in draws["without_replacement"]}) == len(draws["with_replacement"]) == 5
@@ -496,6 +511,13 @@ def test_the_toy_vocabulary_as_a_table(call):
         (["--text", MILK, "--token", "tumeric"], "2 tokens, not one: t umeric"),
         (["--text", MILK, "--token", "coffee"], "co ffee; with a space before it"),
         (["--text", MILK, "--token", ""], "token is empty"),
+        (["--text", MILK, "--token", "\udcff"], "not UTF-8"),
+        (["--text", MILK, "--promote", "\udcff"], "not UTF-8"),
+        (["--text", MILK, "--html", "absent/page.html"], "absent/page.html.* a folder that is not there"),
+        (["--text", MILK, "--html", "."], "can't write .: it is not a file"),
+        (["--text", MILK, "--html", "x" * 300], "File name too long"),
+        (["--text", MILK, "--plots", "empty.txt"], "can't write empty.txt"),
+        (["--text", MILK, "--logit-bias", "40", "1e30", "--temperature", "1e-6", "--repetition-penalty", "1e-6"], "is not finite"),
         (["--text", MILK, "--promote", "tumeric"], "2 tokens, not one: t umeric"),
         (["--text", MILK, "--position", "7"], "position=7: the text has 7 tokens, numbered 0 to 6"),
         (["--text", MILK, "--position", "-8"], "position=-8"),
@@ -539,6 +561,8 @@ def test_bad_input_is_one_line(run, tmp_path, args, pattern):
         (["--logits", "a=1", "--text", "a"], "--text: only with a model"),
         (["--logits", "a=1", "--steps", "2", "--promote", "a"], "--steps, --promote: only with a model"),
         (["--logits", "a=1", "--temperatures", "0"], "temperatures"),
+        (["--logits", "a=1", "--temperatures", "1e308"], "temperatures"),
+        (["--logits", "a\udcff=1", "b=2"], "not UTF-8"),
         (["--logits", "a=1", "--count", "-1"], "count=-1"),
         (["--logits", "a=1", "--banned", "0"], "none left"),
     ],

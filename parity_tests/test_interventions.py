@@ -1,5 +1,7 @@
 """Edits of activations: the same on both sides, as an argument and by hooks; and nothing is left of them."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -245,7 +247,15 @@ def test_rows_of_different_lengths_are_steered_as_if_alone_and_another_value_com
         ({"embedding": add(np.zeros((2, 9, 32)))}, r"embedding has a value of shape \[2, 9, 32\]"),
         ({"logits": lambda x: x[..., :5]}, r"the edit of logits makes .*\[1, 9, 5\] of .*\[1, 9, 97\]: it must keep shape and dtype"),
         ({"logits": lambda x: x > 0}, r"the edit of logits makes .*bool.* of .*float32"),
+        ({"logits": lambda x: 3.0}, r"the edit of logits makes float of .*float32"),
+        ({"logits": lambda x: None}, r"the edit of logits makes NoneType of .*float32"),
+        ({"logits": lambda x: np.zeros(x.shape)}, r"the edit of logits makes float64\[1, 9, 97\] of .*float32"),
         ({"logits": 3.0}, r"the edit of logits is 3\.0: expected a function, or"),
+        ({"logits": add(None)}, "the edit of logits has no value to add with"),
+        ({"logits": "add"}, "the edit of logits is 'add': expected a function, or"),
+        ({"embedding": scale(0, positions=jnp.array([9]))}, r"positions=.*9.* of embedding: the text has 9 tokens"),
+        ({"embedding": scale(0, positions=jnp.array([1.5]))}, r"positions=.*1\.5.*: expected whole numbers"),
+        ({"trf_blocks.0.att.weights": scale(0, heads=jnp.array([4]))}, r"heads=.*4.* has heads 0 to 3"),
     ],
 )
 def test_an_edit_that_makes_no_sense_is_refused_on_both_sides(edits, said):
@@ -266,3 +276,65 @@ def test_what_can_t_be_edited_where_it_is_asked_for_is_refused():
         generate(params, CFG, [[1, 2]], 3, edits={"embedding": scale(0, positions=16)})
     with pytest.raises(InputError, match="logits: they are not computed here"):
         hidden(params, CFG, np.ones((1, 3), int), edits={"logits": scale(0)})
+
+
+def test_values_and_positions_may_be_of_any_kind():
+    model, params = random_pair(CFG)
+    tokens_BT = random_ids(CFG, (2, 16))
+    array = np.linspace(-1, 1, 32)
+    array.flags.writeable = False
+
+    def edits(value, positions):
+        return {"trf_blocks.1.shortcut2": add(value, positions=positions)}
+
+    expected = forward(params, CFG, tokens_BT, edits=edits(array, np.array([3, 15])))
+    text = generate(params, CFG, [[1, 2, 3]], 8, edits=edits(array, np.array([3, 15])))
+    values = array.tolist(), array, jnp.asarray(array), torch.from_numpy(array.copy())
+    for value, positions in zip(values, ([3, -1], range(3, 16, 12), jnp.array([3, -1]), torch.tensor([3, 15])), strict=True):
+        with warnings.catch_warnings(action="error"):
+            ours, theirs = both(model, params, tokens_BT, edits(value, positions))
+        assert_close("edits", ours, expected, 2e-6, where=f"{type(value)} {positions}")
+        assert_close("edits", theirs, expected, 2e-6, where=f"{type(value)} {positions}")
+        np.testing.assert_array_equal(generate(params, CFG, [[1, 2, 3]], 8, edits=edits(value, [3, 15])), text)
+    as_argument = jax.jit(lambda edits: forward(params, CFG, tokens_BT, edits=edits))(edits(array.tolist(), [3, -1]))
+    assert_close("edits", as_argument, expected, 2e-6)
+    np.testing.assert_array_equal(forward(params, CFG, tokens_BT, edits=edits(array, [])), forward(params, CFG, tokens_BT))
+
+
+def test_a_function_may_write_to_the_tensor_that_it_is_given():
+    model, params = random_pair(CFG)
+
+    def emptied(x):
+        return x.zero_()
+
+    with torch.no_grad(), edited(model, {"trf_blocks.1.shortcut2": apply(emptied, positions=3)}):
+        inputs = torch.from_numpy(random_ids(CFG, (2, 16)))
+        theirs = model(inputs)
+    assert_close("edits", forward(params, CFG, inputs.numpy(), edits={"trf_blocks.1.shortcut2": scale(0, positions=3)}), theirs, 2e-6)
+
+
+def test_positions_are_counted_however_the_model_is_called():
+    model, _ = random_pair(CFG)
+    inputs = torch.from_numpy(random_ids(CFG, (2, 9)))
+    with torch.no_grad(), edited(model, {"embedding": scale(0, positions=5)}):
+        whole = model(tokens_BT=inputs)
+        cached = [model(part, True) for part in inputs.split(3, dim=1)]
+    model.reset_kv_cache()
+    assert_close("edits", torch.cat(cached, dim=1), whole, 2e-6)
+
+
+def test_a_compiled_model_is_refused():
+    model, _ = random_pair(CFG)
+    compiled_model = torch.compile(model, backend="eager")
+    with pytest.raises(InputError, match="compiled by torch"), edited(compiled_model, {"embedding": scale(0)}):
+        pass
+    model.compile(backend="eager")
+    with pytest.raises(InputError, match="compiled by torch"), edited(model, {"embedding": scale(0)}):
+        pass
+
+
+def test_activations_of_another_number_of_blocks_or_positions_are_refused():
+    _, params = random_pair(CFG)
+    for shape in ((2, 8, 32), (3, 1, 32), (3, 9, 32)):
+        with pytest.raises(InputError, match=r"expected the activations of 3 blocks at 8 positions"):
+            patch_each(params, CFG, jnp.ones(8, jnp.int32), jnp.zeros(shape), jnp.max)

@@ -204,6 +204,14 @@ def test_a_page_of_logits_alone_shows_what_there_is(browser, inspection, tmp_pat
     assert opened.complaints == []
 
 
+def test_logits_that_are_shown_alike_have_ranks_of_their_own(browser, inspection, tmp_path):
+    logits_TV = np.array([[1.00003, 1.00004, 1.00004, 0.5]], np.float32)
+    save_page(Inspection(np.zeros(1, np.int32), inspection.labels_V[:4], logits_TV), tmp_path / "page.html", title="close")
+    opened = browser.open(tmp_path / "page.html")
+    opened.click(button(1))
+    assert [row[0] for row in rows(opened, "alternatives")] == ["1", "1", "3", "4"]
+
+
 def test_the_browser_refuses_whatever_the_page_might_ask_the_network_for(browser, inspection, tmp_path):
     save_page(inspection, tmp_path / "page.html", title="alone")
     opened = browser.open(tmp_path / "page.html")

@@ -243,6 +243,10 @@ def test_the_noise_is_what_categorical_adds():
         ({"top_p": float("nan")}, "top_p"),
         ({"min_p": -0.1}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-39}, "repetition_penalty"),  # no number of float32, as those below
+        ({"frequency_penalty": 1e39}, "frequency_penalty"),
+        ({"logit_bias": {0: 1e39}}, "logit_bias"),
+        ({"temperature": 1e39}, "temperature"),
         ({"presence_penalty": float("inf")}, "presence_penalty"),
         ({"logit_bias": {9: 1.0}}, "logit_bias"),
         ({"logit_bias": {0: float("-inf")}}, "logit_bias"),

@@ -66,8 +66,10 @@ class InspectArgs:
     """Raise this token's logit to 10 above the largest, and take that away again."""
     lens: int = 0
     """The logit lens: this many of the likeliest tokens that each layer predicts; 0: none."""
-    attention: bool | None = None
-    """Attention weights, in the JSON, the pictures and the page; None: in the last two."""
+    attention: bool = False
+    """Attention weights in the JSON."""
+    attention_maps: bool = True
+    """Attention weights in the pictures and on the page, of which they are the most."""
     plots: Path | None = None
     """Draw pictures into this folder, each as a PNG and an SVG: the distribution at the position; surprise, lens and attention."""
     html: Path | None = None
@@ -83,7 +85,7 @@ class InspectArgs:
     sampling: tyro.conf.OmitArgPrefixes[SamplingConfig] = field(default_factory=lambda: GREEDY)
 
 
-OF_TEXT = ("text", "position", "top", "token", "draws", "steps", "promote", "lens", "attention", "html")
+OF_TEXT = ("text", "position", "top", "token", "draws", "steps", "promote", "lens", "attention", "attention_maps", "html")
 OF_WORDS = ("temperatures", "count")
 """Flags that mean nothing without a model, or with one."""
 RANGES = {"top": (1, math.inf), "draws": (0, 1000), "steps": (0, math.inf), "lens": (0, math.inf), "count": (0, 1_000_000)}
@@ -107,7 +109,7 @@ def check(args: InspectArgs) -> None:
     if sum(map(bool, (args.checkpoint, args.init_from, args.preset, args.logits))) != 1:
         raise InputError("give one of --checkpoint, --init-from, --preset and --logits")
     foreign = OF_TEXT if args.logits else OF_WORDS
-    if given := [f"--{name}" for name in foreign if getattr(args, name) != getattr(InspectArgs, name)]:
+    if given := [f"--{name.replace('_', '-')}" for name in foreign if getattr(args, name) != getattr(InspectArgs, name)]:
         raise InputError(f"{', '.join(given)}: only with {'a model, which --logits is in place of' if args.logits else '--logits'}")
     if not args.logits and args.text is None:
         raise InputError("give a text to look at with --text")
@@ -117,12 +119,18 @@ def check(args: InspectArgs) -> None:
         if not least <= getattr(args, name) <= most:
             expected = f"at least {least}" if most == math.inf else f"{least} to {most:,}"
             raise InputError(f"{name}={getattr(args, name)}: expected {expected}")
-    if args.attention and not (args.json or args.plots or args.html):
-        raise InputError("--attention is for --json, --plots and --html: the tables have no place for it")
-    if args.html and (args.html.is_dir() or not args.html.absolute().parent.is_dir()):
-        raise InputError(f"can't write {args.html}: it is a folder, or is in one that is not there")
-    if not all(1e-6 <= temperature < math.inf for temperature in args.temperatures):
-        raise InputError(f"temperatures={args.temperatures}: expected positive numbers, at least 1e-6")
+    if args.attention and not args.json:
+        raise InputError("--attention is for --json: the tables have no place for it")
+    try:
+        "".join([*args.logits, *args.token, args.promote or ""]).encode()  # the shell passes on any bytes
+    except UnicodeEncodeError:
+        raise InputError("--logits, --token and --promote: one of them is not UTF-8 text") from None
+    if args.html:
+        with can_write(args.html):
+            if not args.html.absolute().parent.is_dir() or (args.html.exists() and not args.html.is_file()):
+                raise InputError(f"can't write {args.html}: it is not a file, or is in a folder that is not there")
+    if not all(1e-6 <= temperature <= 1e30 for temperature in args.temperatures):
+        raise InputError(f"temperatures={args.temperatures}: expected positive numbers, at least 1e-6 and at most 1e30")
 
 
 def inspect_text(args: InspectArgs, seed: int) -> None:
@@ -151,7 +159,7 @@ def inspect_text(args: InspectArgs, seed: int) -> None:
     tokens = [token_id(tokenizer, token) for token in args.token]
     promoted = None if args.promote is None else token_id(tokenizer, args.promote)
     pictures = bool(args.plots or args.html)
-    attention = pictures if args.attention is None else args.attention
+    attention = args.attention or (pictures and args.attention_maps)
     inspection = inspect_tokens(params, cfg, tokenizer, ids, lens=args.lens or 5 * pictures, attention=attention)
     labels_V = inspection.labels_V
     draw_key, step_key = jax.random.split(seed_keys(seed)[1])
@@ -170,12 +178,13 @@ def inspect_text(args: InspectArgs, seed: int) -> None:
         lens=[layer_predictions(inspection, t) for t in range(T)] if args.lens else None,
         attention=inspection.weights_LNTS.tolist() if args.attention else None,
     )
+    shown = inspection if args.attention_maps else dataclasses.replace(inspection, weights_LNTS=None)
     if args.html:
         with can_write(args.html):
-            save_page(inspection, args.html, title=report.model, top=max(args.top, 10))
+            save_page(shown, args.html, title=report.model, top=max(args.top, 10))
     if args.plots:
         with can_write(args.plots):
-            save_plots(inspection, args.plots, position=position, target_id=next(iter(tokens), promoted), **filters(args.sampling))
+            save_plots(shown, args.plots, position=position, target_id=next(iter(tokens), promoted), **filters(args.sampling))
     if args.json:
         print(json.dumps(dataclasses.asdict(report), ensure_ascii=False))
     else:

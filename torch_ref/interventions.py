@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.edits import Edit, Edits, check_result, check_value, checked_edits
+from flaxgpt.errors import InputError
 from flaxgpt.sites import Site, sites_meant
 
 Points = Mapping[str, tuple[str, int | None]]
@@ -51,12 +54,15 @@ def edited(model: nn.Module, edits: Edits, *, cfg: GPTConfig | None = None, poin
     Raises:
         InputError: an edit that makes no sense: at once, or in the forward pass if it depends on the length of the text.
     """
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise InputError("the model is compiled by torch, which may pass over hooks: edit the one that was compiled, and call that")
     cfg = model.cfg if cfg is None else cfg
     reading: dict[str, Any] = {}  # the pass that is going on: its edits, and the positions of the tokens that it reads
 
     def begin(model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
-        cached = kwargs.get("use_cache", False)
-        first, T = model.n_cached if cached else 0, args[0].shape[1]
+        given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        cached, tokens_BT = given.get("use_cache", False), next(iter(given.values()))
+        first, T = model.n_cached if cached else 0, tokens_BT.shape[1]
         reading["positions"] = torch.arange(first, first + T)
         reading["edits"] = checked_edits(edits, cfg, None if cached else T)
 
@@ -93,11 +99,13 @@ def _hook(model: nn.Module, point: str, function: Callable[[torch.Tensor], torch
 def _edit(edit: Edit, name: str, layer: int, site: Site, x: torch.Tensor, cfg: GPTConfig, positions: torch.Tensor) -> torch.Tensor:
     change = edit.change
     if callable(change):
-        new = change(x, layer) if "{}" in name else change(x)
+        own = x.clone()  # which the function may write to
+        new = change(own, layer) if "{}" in name else change(own)
     else:
         check_value(name, edit.value, x.shape)
-        new = _CHANGES[change](x, torch.as_tensor(edit.value, dtype=x.dtype, device=x.device))
-    check_result(name, (x.shape, x.dtype), (new.shape, new.dtype))
+        value = edit.value if isinstance(edit.value, torch.Tensor) else np.array(edit.value, np.float64)
+        new = _CHANGES[change](x, torch.as_tensor(value, dtype=x.dtype, device=x.device))
+    check_result(name, x, new)
     chosen = _chosen(edit, site, cfg, positions)
     return new if chosen is None else torch.where(chosen.to(x.device), new, x)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -186,7 +187,7 @@ class Request:
             eos_id=np.int32(-1 if eos_id is None else eos_id),
             num_samples=num_samples,
             top_log_probs=top_log_probs,
-            edits=checked_edits(edits or {}, cfg, length=None),
+            edits=jax.tree.map(jnp.asarray, checked_edits(edits or {}, cfg, length=None)),
         )
 
     def prefill(self) -> State:

@@ -12,6 +12,7 @@ import numpy as np
 from flaxgpt.config import GPTConfig, SamplingConfig
 from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.edits import apply
+from flaxgpt.errors import InputError
 from flaxgpt.generation.sampling import Chain, Seen, draw_without_replacement
 from flaxgpt.generation.text import complete_text
 from flaxgpt.interpret.inspection import Inspection
@@ -31,7 +32,7 @@ def draw_tokens(inspection: Inspection, position: int, sampling: SamplingConfig,
         n: at least 1.
 
     Raises:
-        InputError: the processors name tokens outside the vocabulary.
+        InputError: the processors name tokens outside the vocabulary, or what they leave is not finite.
     """
     processed_V = _process(inspection.logits_TV[position], sampling, inspection.ids_T[: position + 1])
     left = int(jnp.isfinite(processed_V).sum())
@@ -91,7 +92,10 @@ def _process(logits_V: np.ndarray, sampling: SamplingConfig, seen_T: np.ndarray)
     sampling.check_vocabulary(V)
     drawing = sampling if sampling.temperature else sampling.replace(temperature=1.0)
     seen = Seen(jnp.zeros((1, V), bool).at[0, seen_T].set(True), jnp.zeros((1, V), jnp.int32))
-    return Chain.of(drawing)(jnp.asarray(logits_V)[None], seen)[0]
+    left_V = Chain.of(drawing)(jnp.asarray(logits_V)[None], seen)[0]
+    if not (left_V < jnp.inf).all():
+        raise InputError("what the flags of sampling leave of the logits is not finite: choose less extreme values")
+    return left_V
 
 
 @functools.partial(jax.jit, static_argnames="n")

@@ -51,13 +51,15 @@ def save_page(inspection: Inspection, path: Path, *, title: str, top: int = 10) 
 def _text(inspection: Inspection, top: int) -> dict[str, list]:
     """What page.html calls `text`: lists over positions."""
     top_ids_TK = np.stack([top_ids(logits_V, top) for logits_V in inspection.logits_TV])
+    top_logits_TK = np.take_along_axis(inspection.logits_TV, top_ids_TK, 1)
     next_logits_T = [*inspection.logits_TV[range(len(inspection.ids_T) - 1), inspection.ids_T[1:]], np.nan]
     return {
         "ids": inspection.ids_T.tolist(),
         "surprises": _numbers(inspection.surprises_T),
         "entropies": _numbers(inspection.entropies_T),
         "topIds": top_ids_TK.tolist(),
-        "topLogits": _numbers(np.take_along_axis(inspection.logits_TV, top_ids_TK, 1)),
+        "topRanks": (1 + (top_logits_TK[:, None] > top_logits_TK[..., None]).sum(-1)).tolist(),
+        "topLogits": _numbers(top_logits_TK),
         "topLogProbs": _numbers(np.take_along_axis(inspection.log_probs_TV, top_ids_TK, 1)),
         "nextLogits": _numbers(np.array(next_logits_T)),
         "nextLogProbs": _numbers(inspection.next_log_probs_T),

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxgpt.config import GPTConfig
+from flaxgpt.errors import InputError
 from flaxgpt.layers import project
 from flaxgpt.model import head_kernel, hidden
 from flaxgpt.types import Params
@@ -39,8 +40,13 @@ def patch_each(
 
     Returns:
         metric_LT, of the patch in block l at position t.
+
+    Raises:
+        InputError: there is no such site, or `other_LTD` is not of this model and of as many tokens.
     """
     T = tokens_T.shape[0]
+    if other_LTD.shape[0] != cfg.n_layers or other_LTD.shape[-2] != T:
+        raise InputError(f"other_LTD is {[*other_LTD.shape]}: expected the activations of {cfg.n_layers} blocks at {T} positions")
 
     def patched(place: tuple[jax.Array, jax.Array]) -> jax.Array:
         layer, position = place

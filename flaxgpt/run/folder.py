@@ -147,7 +147,13 @@ def read_text(path: Path) -> str | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all.
+
+    Raises:
+        InputError: there is something else by that name, as a folder or a device (/dev/null), which would be replaced.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"can't write {path}: it is not a file")
     scratch = path.with_name(f".{path.name}.writing")
     scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
