@@ -22,9 +22,10 @@ from torch_ref.model import GPTModel
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, which happens in files of tests
 jax.config.update("jax_default_matmul_precision", "float32")
-# Many tests compile the same small programs; all processes of one session share them through this folder, unless the user names one.
-PROGRAMS = tempfile.TemporaryDirectory(prefix="flaxgpt-tests-")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", PROGRAMS.name)
+# Many tests compile the same small programs: all processes of a session share them, through a folder of its own if none is named.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    PROGRAMS = tempfile.TemporaryDirectory(prefix="flaxgpt-tests-")  # removed when this process ends
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -172,11 +173,14 @@ def pytest_terminal_summary(terminalreporter) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads it
 def pytest_cmdline_main(config) -> None:
-    """Test on all cores, by pytest-xdist if it is there, unless files, tests or a debugger are asked for: compiling, most of the time,
-    takes one core."""
-    everything = config.args_source == pytest.Config.ArgsSource.TESTPATHS
-    if everything and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not config.option.usepdb:
-        config.option.numprocesses, config.option.maxprocesses, config.option.dist = "auto", 4, "worksteal"
+    """Run the whole suite on all cores, where pytest-xdist is installed: most of the time is compiling, which takes one core.
+
+    Not so where files or tests are named, nor in the processes that pytest-xdist starts, which come here too.
+    """
+    option = config.option
+    named = config.args_source != pytest.Config.ArgsSource.TESTPATHS
+    if not named and "PYTEST_XDIST_WORKER" not in os.environ and getattr(option, "numprocesses", 0) is None and not option.usepdb:
+        option.numprocesses, option.maxprocesses, option.dist = "auto", 4, "worksteal"
 
 
 def pytest_sessionfinish(session) -> None:
