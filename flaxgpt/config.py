@@ -178,7 +178,7 @@ class TrainConfig(_Config):
     checkpoint_every: int = 1000
     """Updates between checkpoints; the last update is always saved."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints to keep."""
+    """How many of the newest checkpoints to keep; the one with the lowest validation loss is kept besides."""
     prompt: str | None = None
     """What the sample after each evaluation starts from; None: two words of the validation text."""
     sample_tokens: int = 50
