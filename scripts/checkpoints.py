@@ -79,6 +79,7 @@ def main() -> None:
         delete(folder, steps, args.step, force=args.force)
         return
     conditions = {step: condition(folder / str(step)) for step in steps}
+    conditions = {step: found for step, found in conditions.items() if (folder / str(step)).exists()}  # a run may go on meanwhile
     if isinstance(args, List):
         show(args.run, conditions)
         return
@@ -111,8 +112,11 @@ def show(run: Path, conditions: dict[int, Condition]) -> None:
 
 def columns(path: Path) -> str:
     """The size of a checkpoint, in MB of a million bytes, and when it was saved."""
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return f"{size / 1e6:>9,.1f} MB  {datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d %H:%M:%S}"
+    try:
+        size, saved = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()), path.stat().st_mtime
+    except FileNotFoundError:  # the run has just finished or deleted it
+        return f"{'-':>12}  {'-':<19}"
+    return f"{size / 1e6:>9,.1f} MB  {datetime.fromtimestamp(saved):%Y-%m-%d %H:%M:%S}"
 
 
 def delete(folder: Path, steps: list[int], step: int, *, force: bool) -> None:

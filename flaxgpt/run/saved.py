@@ -34,7 +34,7 @@ class DamagedError(ValueError):
 
 def saved_steps(folder: Path) -> list[int]:
     """The checkpoints in a folder of checkpoints, whole or not, by their counts of updates, from the oldest on."""
-    return sorted(int(path.name) for path in _folders(folder) if path.name.isdecimal())
+    return sorted(int(path.name) for path in _folders(folder) if re.fullmatch("0|[1-9][0-9]*", path.name))
 
 
 def unfinished(folder: Path) -> list[Path]:
@@ -78,10 +78,12 @@ def verify(path: Path) -> bool:
     """
     try:
         text = (path / CHECKSUMS).read_bytes()
-    except OSError:
+    except FileNotFoundError:
         if _was_sealed(path):
             raise DamagedError(f"{CHECKSUMS} is missing") from None
         return False
+    except OSError as error:
+        raise DamagedError(f"{CHECKSUMS} can't be read ({error.strerror})") from None
     try:
         sums = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError):
