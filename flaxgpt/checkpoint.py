@@ -196,7 +196,7 @@ class Checkpoints:
         self._prune()
 
     def _prune(self) -> None:
-        steps = saved_steps(self._folder)
+        steps = [step for step in saved_steps(self._folder) if step <= self._at]  # newer ones are damaged: not to be kept in their place
         kept = {*steps[-self._keep :], best_step(self._folder.parent, steps)} if self._keep else {*steps}
         for step in steps:
             if step not in kept:

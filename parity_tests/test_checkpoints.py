@@ -218,16 +218,18 @@ def test_the_validation_loss_of_a_checkpoint_is_that_of_its_update_or_the_next(t
     assert best_step(tmp_path / "run", [30]) is None
 
 
-def test_nothing_is_deleted_before_a_newer_checkpoint_is_whole(run, monkeypatch):
-    def fail(path):
+@pytest.mark.parametrize("fails", ["flaxgpt.checkpoint.ocp.AsyncCheckpointer.save", "flaxgpt.checkpoint.seal", "flaxgpt.checkpoint.commit"])
+def test_a_save_that_fails_deletes_nothing(run, monkeypatch, fails):
+    def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flaxgpt.checkpoint.seal", fail)
+    flip(next((run / "checkpoints" / "6" / "params" / "d").iterdir()))
+    monkeypatch.setattr(fails, fail)
     with pytest.raises(OSError, match="No space left"):
         trained(load_config(run).replace(max_steps=8, keep_checkpoints=1), run, resume=True)
     assert saved_steps(run / "checkpoints") == [4, 6]
     monkeypatch.undo()
-    assert int(restored(run).step) == 6
+    assert int(restored(run).step) == 4
 
 
 def test_checkpoints_are_listed_verified_and_deleted(call, run):
@@ -275,7 +277,8 @@ def test_killed_at_any_moment_of_a_save_the_run_resumes_bit_for_bit(saved, tmp_p
     for kill in range(kills):
         before = saved_steps(folder)[-1]
         process = subprocess.Popen([sys.executable, "-c", SAVES, run], stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (saved_steps(folder)[-1] > before and unfinished(folder)):
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline and not (saved_steps(folder)[-1] > before and unfinished(folder)):
             time.sleep(0.001)
         time.sleep(generator.random() * 0.1 if kill else 0)
         assert process.poll() is None, "it ended by itself"
@@ -285,7 +288,7 @@ def test_killed_at_any_moment_of_a_save_the_run_resumes_bit_for_bit(saved, tmp_p
         steps = saved_steps(folder)
         for step in steps:
             assert verify(folder / str(step)), f"checkpoint {step} has a number and is not whole"
-        assert len(steps) >= 2
-    assert interrupted, "no save was interrupted: kill at other moments"
+        assert steps[-1] > before, "it saved nothing"
+    assert interrupted or kills == 1, "no save was interrupted: kill at other moments"
     cfg = load_config(saved).replace(max_steps=steps[-1] + 2, eval_every=100_000, checkpoint_every=100_000)
     assert_equal_bits(trained(cfg, run, resume=True), trained(cfg, shutil.copytree(saved, tmp_path / "whole"), resume=True))
