@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -16,6 +18,7 @@ from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.errors import InputError
 from flaxgpt.model import init_params
 from flaxgpt.run.folder import CHECKPOINTS
+from flaxgpt.run.saved import MARK, WRITING, best_step, commit, remove, report_choice, saved_steps, seal, unfinished, verify
 from flaxgpt.run.source import Source, open_run, open_source
 from flaxgpt.state import TrainState
 from flaxgpt.types import Params
@@ -107,32 +110,41 @@ def load_params(source: Source) -> Params:
 
 
 class Checkpoints:
-    """The `checkpoints` folder of a run: a numbered folder for each saved count of updates. A context manager."""
+    """The `checkpoints` folder of a run: a numbered folder for each saved count of updates. A context manager.
+
+    A checkpoint is written under another name, given its checksums, and renamed, and only then are older ones deleted. So
+    whatever has a number and fits its checksums is whole, and what a kill leaves behind is not taken for a checkpoint.
+    """
 
     def __init__(self, folder: Path, keep: int | None = None) -> None:
-        """All but the newest `keep` checkpoints are deleted as new ones are completed."""
-        self._folder, self._keep = folder.absolute(), keep
-
-    @functools.cached_property
-    def _manager(self) -> ocp.CheckpointManager:
-        """Made at its first use, since it makes the folder: a run that is refused leaves none behind."""
-        handlers = {"params": ocp.StandardCheckpointHandler(), "rest": ocp.StandardCheckpointHandler()}
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
-        return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        """Keep the newest `keep` checkpoints, and that of the lowest validation loss; None: all."""
+        self._folder, self._keep, self._at = folder.absolute(), keep, 0
+        self._saving: Future[None] | None = None
 
     @property
     def newest(self) -> int | None:
         """The updates that the newest checkpoint has behind it; None: there is no checkpoint."""
-        return self._manager.latest_step() if self._folder.is_dir() else None
+        return max(saved_steps(self._folder), default=None)
 
     def save(self, state: TrainState) -> None:
-        """Save in the background. The state may be donated right after: Orbax has taken hold of its contents."""
+        """Save in the background, once the save before is done. The state may be donated right after: Orbax has taken hold of its contents.
+
+        Raises:
+            OSError: what was saved before could not be written.
+        """
+        self._wait()
+        for leftover in unfinished(self._folder):
+            remove(leftover)
+        step = int(state.step)
+        scratch = self._folder / f"{step}{WRITING}"
         rest = (state.step, state.opt_state, state.key)
         items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(rest)}
-        self._manager.save(int(state.step), args=ocp.args.Composite(**items))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._orbax.save(scratch, args=ocp.args.Composite(**items), custom_metadata=MARK)
+        self._saving = self._thread.submit(self._finish, scratch, step)
 
     def restore(self, template: TrainState, shardings: TrainState) -> TrainState:
-        """The newest checkpoint, with the shapes of `template`, each leaf placed as `shardings` says.
+        """The newest whole checkpoint, with the shapes of `template`, each leaf placed as `shardings` says. Newer ones, damaged, are named.
 
         Raises:
             InputError: there is none, or it is of another model.
@@ -143,7 +155,7 @@ class Checkpoints:
         return TrainState(step, items["params"], opt_state, key)
 
     def restore_params(self, cfg: GPTConfig) -> Params:
-        """Only the parameters of the newest checkpoint, on the default device.
+        """Only the parameters of the checkpoint that `restore` takes, on the default device.
 
         Raises:
             InputError: as `restore`.
@@ -157,30 +169,78 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         """Wait until what was saved is on disk, whatever ended the run."""
-        if "_manager" in self.__dict__:
-            self._manager.close()
+        if "_orbax" not in self.__dict__:  # nothing was saved
+            return
+        with contextlib.closing(self._orbax), self._thread:
+            self._wait()
+            self._prune()  # again, since the last evaluation came after the last save
+
+    @functools.cached_property
+    def _orbax(self) -> ocp.AsyncCheckpointer:
+        """Made at its first use, as is the thread: a folder that is only read needs neither."""
+        return ocp.AsyncCheckpointer(_handler())
+
+    @functools.cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "checkpoint")
+
+    def _wait(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving:
+            saving.result()
+
+    def _finish(self, scratch: Path, step: int) -> None:
+        """In the background: give what Orbax writes its checksums and its number, then delete what it replaces."""
+        self._orbax.wait_until_finished()
+        seal(scratch)
+        commit(scratch, self._folder / str(step))
+        for damaged in saved_steps(self._folder):
+            if self._at < damaged != step:  # or the run would have gone on from it
+                remove(self._folder / str(damaged))
+        self._at = step
+        self._prune()
+
+    def _prune(self) -> None:
+        steps = [step for step in saved_steps(self._folder) if step <= self._at]  # newer ones are damaged: not to be kept in their place
+        kept = {*steps[-self._keep :], best_step(self._folder.parent, steps)} if self._keep else {*steps}
+        for step in steps:
+            if step not in kept:
+                remove(self._folder / str(step))
 
     def _restore(self, **wanted: Any) -> Any:
-        step = self.newest
-        if step is None:
-            raise InputError(f"no checkpoint in {self._folder}")
-        try:
-            return self._restore_from(step, wanted)
-        except InputError:
-            raise
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise InputError(f"the checkpoint {self._folder / str(step)} is damaged ({reason})") from None
+        faults: list[str] = []
+        for step in reversed(saved_steps(self._folder)):
+            path = self._folder / str(step)
+            try:
+                verified = verify(path)
+                items = self._restore_from(path, wanted)
+            except InputError:
+                raise
+            except (ValueError, OSError, KeyError, TypeError) as error:
+                if not path.exists():  # deleted by the run meanwhile, so there is a newer one
+                    return self._restore(**wanted)
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                faults.append(f"the checkpoint {path} is damaged ({reason})")
+            else:
+                self._at = step
+                report_choice(path, faults, verified=verified)
+                return items
+        raise InputError(f"no whole checkpoint: {'; '.join(faults)}" if faults else f"no checkpoint in {self._folder}")
 
-    def _restore_from(self, step: int, wanted: dict[str, Any]) -> Any:
+    def _restore_from(self, path: Path, wanted: dict[str, Any]) -> Any:
+        orbax = ocp.Checkpointer(_handler())
         # Compared before anything is read: the moments have the shapes of the parameters, so these decide.
-        saved = self._manager.item_metadata(step)["params"]
+        saved = orbax.metadata(path).item_metadata["params"]
         if saved is None:
-            raise InputError(f"{self._folder / str(step)} is not a checkpoint of this program: it has no parameters")
+            raise InputError(f"{path} is not a checkpoint of this program: it has no parameters")
         if faults := shape_faults(_shapes(saved.tree), _shapes(wanted["params"])):
-            raise InputError(f"the checkpoint {self._folder / str(step)} does not fit this run's config.json: {'; '.join(faults)}")
+            raise InputError(f"the checkpoint {path} does not fit this run's config.json: {'; '.join(faults)}")
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-        return self._manager.restore(step, args=ocp.args.Composite(**args))
+        return orbax.restore(path, args=ocp.args.Composite(**args))
+
+
+def _handler() -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(params=ocp.StandardCheckpointHandler(), rest=ocp.StandardCheckpointHandler())
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:

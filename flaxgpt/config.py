@@ -180,7 +180,7 @@ class TrainConfig(_Config):
     checkpoint_minutes: float | None = 10.0
     """Minutes between checkpoints at most, so that a run that is killed loses no more; None: they don't matter."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints to keep."""
+    """How many of the newest checkpoints to keep; the one with the lowest validation loss is kept besides."""
     skip_nonfinite: int = 0
     """Updates in a row that may be skipped because their loss or gradient is not finite; one more stops the run. They are counted in
     the metrics."""

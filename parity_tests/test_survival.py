@@ -60,7 +60,9 @@ def test_a_fine_tuned_run_without_a_checkpoint_starts_from_the_same_model_again(
     flags = [*FLAGS[FLAGS.index("--context-length") :], "--out-dir", "tuned"]
     assert call(train_jax, *flags, "--init-from", folders / "plain")[0] == 0
     before = without_times(tmp_path / "tuned")
-    shutil.rmtree(tmp_path / "tuned" / "checkpoints")
+    checkpoints = tmp_path / "tuned" / "checkpoints"
+    (checkpoints / "4").rename(checkpoints / "4.unfinished")  # as one looks that was being written
+    shutil.rmtree(checkpoints / "2")
     assert call(train_jax, "--resume", "--out-dir", "tuned")[0] == 0
     assert without_times(tmp_path / "tuned") == before
 

@@ -21,7 +21,8 @@ import tyro
 from flaxgpt.config import TrainConfig
 from flaxgpt.convert.nanogpt import MODEL_ARGS
 from flaxgpt.errors import InputError
-from flaxgpt.run.folder import has_run, load_config, start_of
+from flaxgpt.run.folder import has_run, load_config
+from flaxgpt.run.saved import start_of
 
 
 @dataclass(frozen=True)

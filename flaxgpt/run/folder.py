@@ -111,11 +111,6 @@ def has_run(folder: Path) -> bool:
     return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
 
 
-def start_of(folder: Path) -> str | None:
-    """What a run without a checkpoint is to start from again; None: random weights, or its newest checkpoint."""
-    return None if any((folder / CHECKPOINTS).glob("[0-9]*")) else read_text(folder / START)
-
-
 def read_metrics(folder: Path) -> list[Record]:
     """The objects of a run folder's metrics.jsonl, in order; a last line cut off by a crash is left out.
 
