@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flaxgpt.data.token_files import check_ids, open_tokens
 from flaxgpt.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, load_tokenizer
 from flaxgpt.errors import InputError
 
@@ -116,17 +117,32 @@ def _documents(data: str) -> list[str]:
     if data == "pydoc":
         return _pydoc()
     if data in DOWNLOADS:
-        return [_read_text(download(data))]
+        return [read_text(download(data))]
     if path.is_file():
-        return [_read_text(path)]
+        return [read_text(path)]
     if path.is_dir():
-        if files := sorted(path.rglob("*.txt")):
-            return [_read_text(file) for file in files]
-        raise InputError(f"the folder {data} holds no .txt files, nor train.bin and val.bin")
+        return [read_text(file) for file in text_files(path)]
     raise InputError(f"no corpus {data!r}: expected one of {', '.join(NAMES)}, a text file, or a folder of .txt files")
 
 
-def _read_text(path: Path) -> str:
+def text_files(folder: Path) -> list[Path]:
+    """The .txt files in a folder and in those within it, sorted.
+
+    Raises:
+        InputError: there are none.
+    """
+    if files := sorted(folder.rglob("*.txt")):
+        return files
+    raise InputError(f"the folder {folder} holds no .txt files, nor train.bin and val.bin")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: it is not UTF-8.
+        OSError: it can't be read.
+    """
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -169,12 +185,8 @@ def _open_tokens(folder: Path, tokenizer: str) -> Corpus:
         path = folder / f"{name}.bin"
         if not path.is_file():
             raise InputError(f"{path} is missing: a folder of tokens holds train.bin and val.bin")
-        if path.stat().st_size % 2:
-            raise InputError(f"{path} is not a file of uint16 tokens: it has {path.stat().st_size} bytes, an odd number")
-        empty = path.stat().st_size == 0  # which cannot be memory-mapped
-        tokens = np.zeros(0, np.uint16) if empty else np.memmap(path, dtype=np.uint16, mode="r")
-        if not empty and (largest := int(tokens.max())) >= loaded.vocab_size:
-            raise InputError(f"{path} has the token id {largest}, outside the vocabulary of {loaded.vocab_size}")
+        tokens = open_tokens(path)
+        check_ids(tokens, loaded.vocab_size, path)
         splits.append(tokens)
     return Corpus(*splits, loaded)
 
