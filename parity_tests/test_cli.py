@@ -137,6 +137,7 @@ def test_a_damaged_checkpoint_is_one_line(call, tmp_path):
         *[(script, "--preset") for script in ("train_jax", "train_torch", "parity_report", "replay", "benchmark")],
         ("sample", "--seed"),
         ("inspect_logits", "--promote"),
+        ("evaluate", "--stride"),
         ("convert_checkpoint", "--to {run,huggingface,nanogpt,torch,safetensors}"),
     ],
 )
