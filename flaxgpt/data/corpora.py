@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxgpt.data.token_files import check_ids, open_tokens
+from flaxgpt.data.token_files import Tokens, open_split, split_files
 from flaxgpt.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, load_tokenizer
 from flaxgpt.errors import InputError
 
@@ -27,8 +27,8 @@ CACHE_VARIABLE = "FLAXGPT_CACHE"
 class Corpus:
     """Tokens of both splits, (number of tokens,) uint16 and memory-mapped, and the tokenizer they came from."""
 
-    train: np.ndarray
-    val: np.ndarray
+    train: Tokens
+    val: Tokens
     tokenizer: Tokenizer
 
     def fingerprint(self) -> str:
@@ -45,7 +45,8 @@ def load_corpus(data: str, tokenizer: str, train_ratio: float) -> Corpus:
 
     Args:
         data: a name (pydoc, or one of DOWNLOADS), a text file, a folder of .txt files, or a folder with
-            train.bin and val.bin (used as they are; tokenizer.json beside them says what their tokens mean).
+            train.bin and val.bin, or shards of them (see `flaxgpt.data.token_files.open_split`). They are used as they are; tokenizer.json
+            beside them says what their tokens mean.
         tokenizer: "gpt2" or "char".
         train_ratio: the part of the characters, from the start, that is the training split.
 
@@ -53,7 +54,7 @@ def load_corpus(data: str, tokenizer: str, train_ratio: float) -> Corpus:
         InputError: no such corpus, no network to fetch it, or a text that is empty or not UTF-8.
     """
     try:
-        if data not in NAMES and (Path(data).expanduser() / "train.bin").is_file():
+        if data not in NAMES and split_files(Path(data).expanduser(), "train"):
             return _open_tokens(Path(data).expanduser(), tokenizer)
         documents = _documents(data)
     except (OSError, RuntimeError) as error:  # no permission, a name too long, or no such user's home
@@ -180,14 +181,7 @@ def _open_tokens(folder: Path, tokenizer: str) -> Corpus:
     loaded = load_tokenizer(described) if described.is_file() else get_tokenizer("gpt2")
     if loaded.kind != tokenizer:
         raise InputError(f"the tokens in {folder} are of the tokenizer {loaded.kind!r}, not {tokenizer!r}: pass --tokenizer {loaded.kind}")
-    splits = []
-    for name in ("train", "val"):
-        path = folder / f"{name}.bin"
-        if not path.is_file():
-            raise InputError(f"{path} is missing: a folder of tokens holds train.bin and val.bin")
-        tokens = open_tokens(path)
-        check_ids(tokens, loaded.vocab_size, path)
-        splits.append(tokens)
+    splits = (open_split(folder, name, loaded.vocab_size) for name in ("train", "val"))
     return Corpus(*splits, loaded)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from flaxgpt.data.corpora import load_corpus, read_text, text_files
-from flaxgpt.data.token_files import check_ids, open_tokens
+from flaxgpt.data.token_files import Tokens, check_ids, open_tokens
 from flaxgpt.data.tokenizer import Tokenizer, load_tokenizer
 from flaxgpt.errors import InputError
 
@@ -31,7 +31,7 @@ def tokens_of_texts(paths: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
     return np.asarray(tokenizer.encode(tokenizer.separator.join(texts)), np.uint16)
 
 
-def tokens_of_split(data: str, split: Literal["train", "val"], tokenizer: Tokenizer, train_ratio: float) -> np.ndarray:
+def tokens_of_split(data: str, split: Literal["train", "val"], tokenizer: Tokenizer, train_ratio: float) -> Tokens:
     """The tokens of one split of a corpus, cut as for training, uint16 and memory-mapped.
 
     Args:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxgpt.config import GPTConfig
+from flaxgpt.data.token_files import Tokens
 from flaxgpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from flaxgpt.errors import InputError
 from flaxgpt.evaluation.estimate import BlockSums, Evaluation
@@ -29,7 +30,7 @@ def evaluate(
     params: Params,
     cfg: GPTConfig,
     tokenizer: Tokenizer,
-    tokens: np.ndarray,
+    tokens: Tokens,
     *,
     context: int | None = None,
     stride: int | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from flaxgpt.data.token_files import Tokens
 from flaxgpt.errors import InputError
 from flaxgpt.types import Batch
 
@@ -23,7 +24,7 @@ class SlidingWindows:
     that don't overlap (`stride = context`, as in training) leave no token out.
     """
 
-    def __init__(self, tokens: np.ndarray, *, context: int, stride: int, batch_size: int, multiple: int = 1) -> None:
+    def __init__(self, tokens: Tokens, *, context: int, stride: int, batch_size: int, multiple: int = 1) -> None:
         """Nothing is read before a batch is asked for.
 
         Args:
