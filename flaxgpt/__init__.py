@@ -28,6 +28,7 @@ _MODULES = {
     "stream": "generation.text",
     "inspect_tokens": "interpret.record",
     "Inspection": "interpret.inspection",
+    "evaluate": "evaluation.evaluate",
     "load": "checkpoint",
     "load_run": "checkpoint",
     "from_torch": "convert.params",

@@ -129,7 +129,7 @@ class TrainConfig(_Config):
 
     data: str = "pydoc"
     """A corpus name (pydoc, the-verdict, tinyshakespeare), a text file, a folder of .txt files, or a folder
-    with train.bin and val.bin (uint16 tokens, nanoGPT's layout)."""
+    with train.bin and val.bin (uint16 tokens, nanoGPT's layout), or shards of them, as prepare_data.py makes them."""
     tokenizer: Literal["gpt2", "char"] = "gpt2"
     """gpt2: byte-pair encoding, 50257 tokens. char: one token for each character of the text."""
     train_ratio: float = 0.9

@@ -1,4 +1,4 @@
-"""The training loss."""
+"""The training loss, and the loss of each token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import jax
 import optax
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.kernels import choose_loss_chunk, chunked_loss, current_platform, padded_logits
+from flaxgpt.kernels import LOSS_TOKENS, choose_loss_chunk, chunked_loss, current_platform, padded_logits
 from flaxgpt.sharding import placed, ways
 
 
@@ -32,3 +32,26 @@ def next_token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
         (), in the dtype of the logits. Same reduction as torch.nn.functional.cross_entropy on flattened inputs.
     """
     return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT).mean()
+
+
+@jax.named_scope("loss")
+def token_losses(x_BTD: jax.Array, kernel_DV: jax.Array, targets_BT: jax.Array, vocab_size: int) -> jax.Array:
+    """The loss of each target by itself, of which `next_token_loss` is the mean; the logits of LOSS_TOKENS tokens are held at a time.
+
+    Args:
+        x_BTD: the final norm's output.
+        kernel_DV: the head's weights; the product is in the precision of x.
+        targets_BT: token ids.
+        vocab_size: columns of the kernel that are tokens; the others are padding.
+
+    Returns:
+        (B, T), float32 at least.
+    """
+    kernel_DV = kernel_DV.astype(x_BTD.dtype)  # once, before the loop
+
+    def of_token(token: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x_D, target = token
+        return next_token_loss(padded_logits(x_D[None, None], kernel_DV, vocab_size), target[None, None])
+
+    losses = jax.lax.map(of_token, (x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)), batch_size=LOSS_TOKENS)
+    return losses.reshape(targets_BT.shape)

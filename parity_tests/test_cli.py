@@ -138,6 +138,8 @@ def test_a_damaged_checkpoint_is_one_line(call, tmp_path):
         ("sample", "--seed"),
         ("checkpoints", "{list,verify,delete}"),
         ("inspect_logits", "--promote"),
+        ("evaluate", "--stride"),
+        ("prepare_data", "--shard-tokens"),
         ("convert_checkpoint", "--to {run,huggingface,nanogpt,torch,safetensors}"),
     ],
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flaxgpt.data.token_files import Tokens, open_split, split_files
 from flaxgpt.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer, load_tokenizer
 from flaxgpt.errors import InputError
 
@@ -26,8 +27,8 @@ CACHE_VARIABLE = "FLAXGPT_CACHE"
 class Corpus:
     """Tokens of both splits, (number of tokens,) uint16 and memory-mapped, and the tokenizer they came from."""
 
-    train: np.ndarray
-    val: np.ndarray
+    train: Tokens
+    val: Tokens
     tokenizer: Tokenizer
 
     def fingerprint(self) -> str:
@@ -44,7 +45,8 @@ def load_corpus(data: str, tokenizer: str, train_ratio: float) -> Corpus:
 
     Args:
         data: a name (pydoc, or one of DOWNLOADS), a text file, a folder of .txt files, or a folder with
-            train.bin and val.bin (used as they are; tokenizer.json beside them says what their tokens mean).
+            train.bin and val.bin, or shards of them (see `flaxgpt.data.token_files.open_split`). They are used as they are; tokenizer.json
+            beside them says what their tokens mean.
         tokenizer: "gpt2" or "char".
         train_ratio: the part of the characters, from the start, that is the training split.
 
@@ -52,7 +54,7 @@ def load_corpus(data: str, tokenizer: str, train_ratio: float) -> Corpus:
         InputError: no such corpus, no network to fetch it, or a text that is empty or not UTF-8.
     """
     try:
-        if data not in NAMES and (Path(data).expanduser() / "train.bin").is_file():
+        if data not in NAMES and split_files(Path(data).expanduser(), "train"):
             return _open_tokens(Path(data).expanduser(), tokenizer)
         documents = _documents(data)
     except (OSError, RuntimeError) as error:  # no permission, a name too long, or no such user's home
@@ -116,17 +118,32 @@ def _documents(data: str) -> list[str]:
     if data == "pydoc":
         return _pydoc()
     if data in DOWNLOADS:
-        return [_read_text(download(data))]
+        return [read_text(download(data))]
     if path.is_file():
-        return [_read_text(path)]
+        return [read_text(path)]
     if path.is_dir():
-        if files := sorted(path.rglob("*.txt")):
-            return [_read_text(file) for file in files]
-        raise InputError(f"the folder {data} holds no .txt files, nor train.bin and val.bin")
+        return [read_text(file) for file in text_files(path)]
     raise InputError(f"no corpus {data!r}: expected one of {', '.join(NAMES)}, a text file, or a folder of .txt files")
 
 
-def _read_text(path: Path) -> str:
+def text_files(folder: Path) -> list[Path]:
+    """The .txt files in a folder and in those within it, sorted.
+
+    Raises:
+        InputError: there are none.
+    """
+    if files := sorted(folder.rglob("*.txt")):
+        return files
+    raise InputError(f"the folder {folder} holds no .txt files, nor train.bin and val.bin")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        InputError: it is not UTF-8.
+        OSError: it can't be read.
+    """
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -164,18 +181,7 @@ def _open_tokens(folder: Path, tokenizer: str) -> Corpus:
     loaded = load_tokenizer(described) if described.is_file() else get_tokenizer("gpt2")
     if loaded.kind != tokenizer:
         raise InputError(f"the tokens in {folder} are of the tokenizer {loaded.kind!r}, not {tokenizer!r}: pass --tokenizer {loaded.kind}")
-    splits = []
-    for name in ("train", "val"):
-        path = folder / f"{name}.bin"
-        if not path.is_file():
-            raise InputError(f"{path} is missing: a folder of tokens holds train.bin and val.bin")
-        if path.stat().st_size % 2:
-            raise InputError(f"{path} is not a file of uint16 tokens: it has {path.stat().st_size} bytes, an odd number")
-        empty = path.stat().st_size == 0  # which cannot be memory-mapped
-        tokens = np.zeros(0, np.uint16) if empty else np.memmap(path, dtype=np.uint16, mode="r")
-        if not empty and (largest := int(tokens.max())) >= loaded.vocab_size:
-            raise InputError(f"{path} has the token id {largest}, outside the vocabulary of {loaded.vocab_size}")
-        splits.append(tokens)
+    splits = (open_split(folder, name, loaded.vocab_size) for name in ("train", "val"))
     return Corpus(*splits, loaded)
 
 

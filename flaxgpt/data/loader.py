@@ -6,11 +6,12 @@ import grain
 import numpy as np
 
 from flaxgpt.config import TrainConfig
+from flaxgpt.data.token_files import Tokens
 from flaxgpt.data.windows import Split, split_windows
 from flaxgpt.types import Batch
 
 
-def train_batches(tokens: np.ndarray, cfg: TrainConfig) -> grain.MapDataset:
+def train_batches(tokens: Tokens, cfg: TrainConfig) -> grain.MapDataset:
     """An endless dataset whose element `[step]` is the batch of that update, shuffled anew each epoch.
 
     Args:
@@ -37,7 +38,7 @@ def _batched(windows: grain.MapDataset, cfg: TrainConfig) -> grain.MapDataset:
     return dataset.repeat().batch(cfg.batch_size)  # the windows left over begin the next epoch's first batch
 
 
-def eval_batches(tokens: np.ndarray, cfg: TrainConfig, split: Split) -> list[Batch]:
+def eval_batches(tokens: Tokens, cfg: TrainConfig, split: Split) -> list[Batch]:
     """The microbatches that every evaluation of a split uses: those of `eval_batches` batches, or all there are.
 
     Training windows are drawn by the seed; validation windows are spread evenly over the text.

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from flaxgpt.config import TrainConfig
+from flaxgpt.data.token_files import Tokens
 from flaxgpt.errors import InputError
 
 Split = Literal["training", "validation"]
@@ -15,7 +16,7 @@ Window = tuple[np.ndarray, np.ndarray]
 """inputs_T and targets_T, int32; the targets are the inputs one token later."""
 
 
-def split_windows(tokens: np.ndarray, cfg: TrainConfig, split: Split) -> Windows:
+def split_windows(tokens: Tokens, cfg: TrainConfig, split: Split) -> Windows:
     """The windows of a split: training windows start `cfg.window_stride` tokens apart, validation windows do not overlap.
 
     Args:
@@ -44,7 +45,7 @@ def split_windows(tokens: np.ndarray, cfg: TrainConfig, split: Split) -> Windows
 class Windows:
     """Random access to the windows of a token array: window i starts at token i * stride."""
 
-    def __init__(self, tokens: np.ndarray, context_length: int, stride: int) -> None:
+    def __init__(self, tokens: Tokens, context_length: int, stride: int) -> None:
         self._tokens, self._context_length = tokens, context_length
         self._starts = range(0, len(tokens) - context_length, stride)  # a window needs the token after it too
 

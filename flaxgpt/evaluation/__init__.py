@@ -1,0 +1,1 @@
+"""How well a model predicts a text: loss, perplexity, bits per byte, and how certain they are."""
