@@ -106,7 +106,9 @@ def _checked(name: str, edit: Edit, cfg: GPTConfig, length: int | None) -> Edit:
     site = sites_meant(name, cfg.n_layers)[0]
     change = getattr(edit, "change", None)
     if not callable(change) and change not in ("replace", "add", "scale"):
-        raise InputError(f"the edit of {name} is {change or edit!r}: expected a function, or flaxgpt.replace, add or scale of a value")
+        raise InputError(
+            f"the edit of {name} is {change or edit!r}: expected a function, or replace, add or scale of a value (flaxgpt.edits)"
+        )
     if not callable(change) and edit.value is None:
         raise InputError(f"the edit of {name} has no value to {change} with")
     if edit.heads is not None and not set(site.axes) & set("NE"):
