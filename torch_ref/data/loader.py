@@ -5,18 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from flaxgpt.config import TrainConfig
+from flaxgpt.data.token_files import Tokens
 from flaxgpt.data.windows import Windows, split_windows
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """inputs_BT and targets_BT, int64; the targets are the inputs one token later."""
 
 
-def create_dataloaders(train_tokens: np.ndarray, val_tokens: np.ndarray, cfg: TrainConfig) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
+def create_dataloaders(train_tokens: Tokens, val_tokens: Tokens, cfg: TrainConfig) -> tuple[DataLoader[Batch], DataLoader[Batch]]:
     """The training loader (shuffled, without the last incomplete batch, as the config says) and the validation loader (neither).
 
     Iterating either draws from torch's global generator, and so changes what dropout draws next.
