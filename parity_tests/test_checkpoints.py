@@ -22,8 +22,9 @@ from conftest import SMALL, assert_equal_bits, refused
 
 from flaxgpt.checkpoint import Checkpoints, load, load_run
 from flaxgpt.config import TrainConfig
+from flaxgpt.errors import InputError
 from flaxgpt.optim import make_optimizer
-from flaxgpt.run.folder import load_config, read_metrics
+from flaxgpt.run.folder import LOCK, load_config, read_metrics
 from flaxgpt.run.log import RunLog
 from flaxgpt.run.saved import CHECKSUMS, DamagedError, best_step, saved_steps, unfinished, val_losses, verify
 from flaxgpt.run.setup import prepare
@@ -165,9 +166,9 @@ def test_scripts_use_the_newest_whole_one_or_say_in_one_line_that_there_is_none(
     assert re.search(r"^[^\n]*6 is damaged[^\n]*; using 4$", err, re.MULTILINE), err
     (run / "checkpoints" / "4" / CHECKSUMS).write_text("{}")
     refused(call(sample, *arguments), "no whole checkpoint: .*6 is damaged.*4 is damaged")
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != LOCK}
     refused(call(train_jax, "--out-dir", run, "--resume", "--max-steps", "9"), "no whole checkpoint: .*6 is damaged.*4 is damaged")
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before, "a refused run touched the run folder"
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != LOCK} == before, "a refused run touched the run folder"
 
 
 def test_a_checkpoint_of_an_earlier_version_is_read_and_said_to_be_unverified(call, tmp_path):
@@ -225,7 +226,7 @@ def test_a_save_that_fails_deletes_nothing(run, monkeypatch, fails):
 
     flip(next((run / "checkpoints" / "6" / "params" / "d").iterdir()))
     monkeypatch.setattr(fails, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="No space left"):
         trained(load_config(run).replace(max_steps=8, keep_checkpoints=1), run, resume=True)
     assert saved_steps(run / "checkpoints") == [4, 6]
     monkeypatch.undo()

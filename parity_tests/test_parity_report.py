@@ -117,7 +117,7 @@ def test_a_tied_model_s_file_is_read_as_tied(report, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--rungs", "10"], "rungs: 10 is none of 1 activations"),
+        (["--rungs", "11"], "rungs: 11 is none of 1 activations"),
         (["--preset", "huge"], "unknown preset 'huge'"),
         (["--checkpoint", "nowhere"], "nowhere is not a run folder"),
         (["--state-dict", "nowhere.pth"], "nowhere.pth is not a file"),

@@ -46,9 +46,9 @@ def test_a_run_without_a_checkpoint_is_resumed_from_its_start(config, tmp_path, 
 
 def test_resuming_what_has_not_begun_begins_it(call, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    code, _, err = call(train_jax, *FLAGS, "--resume", "--out-dir", "runs/new")
+    code, out, _ = call(train_jax, *FLAGS, "--resume", "--out-dir", "runs/new")
     assert code == 0
-    assert "runs/new: there is no run yet to go on with, so it begins" in err
+    assert "runs/new: there is no run yet to go on with, so it begins" in out
     assert (tmp_path / "runs/new/checkpoints/4").is_dir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")

@@ -19,16 +19,20 @@ def main() -> None:
 
     from flaxgpt.checkpoint import load_params
     from flaxgpt.convert.params import cropped
+    from flaxgpt.run.folder import has_run
     from flaxgpt.run.log import RunLog
     from flaxgpt.run.setup import prepare
     from flaxgpt.train import train
 
-    cfg, corpus = prepare(args.config, args.out_dir, resume=args.resume, overwrite=args.overwrite)
+    resume = args.resume and has_run(args.out_dir)
+    cfg, corpus = prepare(args.config, args.out_dir, resume=resume, overwrite=args.overwrite)
+    if args.resume and not resume:
+        print(f"{args.out_dir}: there is no run yet to go on with, so it begins")
     params = None
     if args.source:
         params = cropped(load_params(args.source) if args.source.params is None else args.source.params, cfg.model)
     with RunLog(args.out_dir, init_from=args.source and str(args.source.path.absolute())) as log:
-        train(cfg, corpus, log, resume=args.resume, params=params)
+        train(cfg, corpus, log, resume=resume, params=params)
         log.summary(sample_command(args.out_dir))
     if log.stop.signal is not None:
         print("stopped early: the same command with --resume goes on from here")

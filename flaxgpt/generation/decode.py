@@ -62,7 +62,9 @@ def unstack(params: Params, cfg: GPTConfig) -> Params:
     return params | {"trf_blocks": tuple(map(block, range(cfg.n_layers)))}
 
 
-def next_logits(params: Params, cfg: GPTConfig, tokens_BT: jax.Array, cache: Cache, edits: Mapping[str, Edit]) -> tuple[jax.Array, Cache]:
+def next_logits(
+    params: Params, cfg: GPTConfig, tokens_BT: jax.Array, cache: Cache, edits: Mapping[str, Edit] | None = None
+) -> tuple[jax.Array, Cache]:
     """The tokens that follow those in the cache -> logits_BV of the one after them, and the cache with them in it.
 
     A pure function of `unstack`ed parameters. The layers are not scanned but written out, which takes longer to compile
@@ -70,7 +72,7 @@ def next_logits(params: Params, cfg: GPTConfig, tokens_BT: jax.Array, cache: Cac
     """
     model, outside = GPT(cfg), {name: leaf for name, leaf in params.items() if name != "trf_blocks"}
     T = tokens_BT.shape[1]
-    positions_BT = cache.positions_BT(T)
+    positions_BT, edits = cache.positions_BT(T), edits or {}
     with visiting(*editing(edits, cfg, positions_BT)):
         x_BTD = model.apply({"params": outside}, tokens_BT, positions_BT, method="embed")
     layers = []
@@ -93,7 +95,7 @@ def prefill(
     keys_B: jax.Array | None,
     eos_id: jax.Array,
     prompt_seen_BV: jax.Array | None,
-    edits: Mapping[str, Edit],
+    edits: Mapping[str, Edit] | None = None,
     *,
     room: int,
     num_samples: int = 1,
@@ -144,7 +146,7 @@ def decode(
     chain: Chain,
     keys_B: jax.Array | None,
     eos_id: jax.Array,
-    edits: Mapping[str, Edit],
+    edits: Mapping[str, Edit] | None = None,
 ) -> State:
     """Add tokens until there are `until` new ones or every row has ended: a loop on the device.
 

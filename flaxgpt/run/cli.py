@@ -71,8 +71,6 @@ def parse_train(description: str, args: list[str] | None = None, *, preset: str 
         first = peek.parse_known_args(args)[0]
     out_dir = first.out_dir or Path("runs") / f"{folder}{first.preset}"
     resume = first.resume and has_run(out_dir)
-    if first.resume and not resume:
-        print(f"{out_dir}: there is no run yet to go on with, so it begins", file=sys.stderr)
     config = load_config(out_dir) if resume else TrainConfig.preset(first.preset)
     init_from = start_of(out_dir) if resume else first.init_from
     source = None
@@ -85,7 +83,7 @@ def parse_train(description: str, args: list[str] | None = None, *, preset: str 
     parsed = tyro.cli(TrainArgs, args=args, default=default, description=description)
     if source:
         check_start(source, parsed.config)
-    return dataclasses.replace(parsed, resume=resume, source=source)
+    return dataclasses.replace(parsed, source=source)
 
 
 _FLAGS_OF_NANOGPT = {
