@@ -87,7 +87,9 @@ def test_a_bug_of_flaxgpts_is_caught_without_torch_refs_model(problem, bug):
     with planted(bug) as side:
         (result,) = climb(problem, (bug.rung,), "float64", ours=side, theirs=HUGGING_FACE)
     assert not result.passed, f"{bug.name} in {bug.module} goes unnoticed on rung {bug.rung}"
-    assert bug.first in (None, result.failures[0].name), "it is noticed, but somewhere else"
+    # Nothing is edited between the halves of a block on this side; what is missing there shows in the gradient.
+    first = "backward/trf_blocks.1.shortcut1" if "shortcut1" in bug.old and bug.rung == "edits" else bug.first
+    assert first in (None, result.failures[0].name), "it is noticed, but somewhere else"
 
 
 def within(what, found, expected, scales=None):
