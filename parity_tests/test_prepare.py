@@ -301,6 +301,15 @@ def test_bad_input_is_one_line(call, tmp_path, args, pattern):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("end", [b"\xe4\xbd", b"\xff"])
+def test_text_that_ends_within_a_character_is_named_also_where_a_part_ends(tmp_path, monkeypatch, end):
+    monkeypatch.setattr("flaxgpt.data.documents._READ", 8)
+    for length in (6, 7, 8, 14):
+        (tmp_path / "a.txt").write_bytes(b"x" * length + end)
+        with pytest.raises(InputError, match=rf"a.txt is not UTF-8 text \(byte {length}\)"):
+            list(Documents([tmp_path / "a.txt"]))
+
+
 def test_layouts_that_make_no_sense_are_refused(call):
     for flag, value in (("val-every", 1), ("shard-tokens", 0), ("chunk-chars", 0)):
         refused_by_tyro(call(script, "x", "--out-dir", "out", f"--{flag}", value), f"{flag.replace('-', '_')}={value}: expected at least")

@@ -61,12 +61,15 @@ class Documents:
     def _text(self, path: Path) -> Iterator[str]:
         decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
         with path.open("rb") as file:
-            while part := file.read(_READ):
-                held = len(decoder.getstate()[0])
+            while True:
+                part, held = file.read(_READ), len(decoder.getstate()[0])
                 try:
-                    yield decoder.decode(part, final=len(part) < _READ)
+                    text = decoder.decode(part, final=not part)
                 except UnicodeDecodeError as error:
                     raise InputError(f"{path} is not UTF-8 text (byte {offset - held + error.start}); convert it first") from None
+                if not part:
+                    break
+                yield text
                 offset += len(part)
                 self.read += len(part)
         if offset:
