@@ -37,7 +37,7 @@ from flaxgpt.types import Params
 
 def passes(cfg: GPTConfig, weights: Tensors, batch: Batch, dtype: str) -> dict[str, Tensors]:
     """One forward and backward pass without dropout."""
-    return _passes_of(cfg, _params_in(weights, cfg, dtype), batch, {}, dtype)
+    return _passes_of(cfg, weights, batch, {}, dtype)
 
 
 def editable(cfg: GPTConfig) -> list[str]:
@@ -47,8 +47,7 @@ def editable(cfg: GPTConfig) -> list[str]:
 
 def edited(cfg: GPTConfig, weights: Tensors, batch: Batch, edits: Edits, dtype: str) -> Tensors:
     """One forward and backward pass with edits, and one without: an edit is an argument, so there is nothing to take away."""
-    params = _params_in(weights, cfg, dtype)
-    within, after = (_passes_of(cfg, params, batch, given, dtype) for given in (edits, {}))
+    within, after = (_passes_of(cfg, weights, batch, given, dtype) for given in (edits, {}))
     parts = {
         "edited": within["activations"],
         "backward": within["backward"],
@@ -58,10 +57,10 @@ def edited(cfg: GPTConfig, weights: Tensors, batch: Batch, edits: Edits, dtype: 
     return {f"{part}/{name}": value for part, named in parts.items() for name, value in named.items()}
 
 
-def _passes_of(cfg: GPTConfig, params: Params, batch: Batch, edits: Edits, dtype: str) -> dict[str, Tensors]:
+def _passes_of(cfg: GPTConfig, weights: Tensors, batch: Batch, edits: Edits, dtype: str) -> dict[str, Tensors]:
     with precision(dtype):
         checked = checked_edits(edits, cfg, batch[0].shape[1])
-        loss, taps, grads, tap_grads = jax.device_get(_passes(params, batch, checked, _of(cfg, dtype)))
+        loss, taps, grads, tap_grads = jax.device_get(_passes(_params(weights, cfg, dtype), batch, checked, _of(cfg, dtype)))
     forward, backward = per_layer(taps, cfg), per_layer(tap_grads, cfg)
     points = {site.name: site.point for site in sites(cfg.n_layers)}
     return {
@@ -239,11 +238,6 @@ def _of(cfg: GPTConfig, dtype: str) -> GPTConfig:
 def _draw_masks(key: jax.Array, params: Params, inputs_BT: jax.Array, cfg: GPTConfig) -> Any:
     _, drawn = GPT(cfg).apply({"params": params}, inputs_BT, jnp.arange(len(inputs_BT)), rngs={"dropout": key}, mutable=["dropout_masks"])
     return drawn["dropout_masks"]
-
-
-def _params_in(weights: Tensors, cfg: GPTConfig, dtype: str) -> Params:
-    with precision(dtype):
-        return _params(weights, cfg, dtype)
 
 
 def _params(weights: Tensors, cfg: GPTConfig, dtype: str) -> Params:

@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from flaxgpt import edits
 from flaxgpt.config import GPTConfig, TrainConfig
-from flaxgpt.edits import Edits
+from flaxgpt.edits import Edit, Edits, add, replace, scale
 from flaxgpt.errors import InputError
 from flaxgpt.parity.bounds import BOUNDS, bfloat16_error
 from flaxgpt.parity.compare import Measurement, Result, compare
@@ -256,9 +255,9 @@ def random_edits(cfg: GPTConfig, names: Sequence[str], length: int, seed: int) -
     """For each of these sites another kind of edit in turn, of random size, at some positions and in some heads, where it has any."""
     rng = np.random.default_rng([seed, 3])
     width = {"D": cfg.emb_dim, "E": cfg.emb_dim, "F": 4 * cfg.emb_dim, "V": cfg.vocab_size, "S": 1}
-    kinds = itertools.cycle((edits.scale, edits.add, edits.replace))
+    kinds = itertools.cycle((scale, add, replace))
 
-    def draw(name: str, kind: Callable[..., edits.Edit]) -> edits.Edit:
+    def draw(name: str, kind: Callable[..., Edit]) -> Edit:
         (site,) = sites_meant(name, cfg.n_layers)
         value = rng.normal(size=width[site.axes[-1]]).astype(np.float32)
         positions = rng.choice(length, size=max(1, length // 3), replace=False)
