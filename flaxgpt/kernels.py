@@ -19,7 +19,10 @@ from flaxgpt.layers import project, wide
 from flaxgpt.sharding import constrained, placed, ways
 
 LOSS_TOKENS = 2048
-"""Tokens whose logits are held at a time on an accelerator, if nothing else is asked for: 0.4 GB of them at GPT-2's vocabulary."""
+"""Tokens whose logits are held at a time, if nothing else is asked for: 0.4 GB of them at GPT-2's vocabulary."""
+
+WRITTEN_OUT = 8
+"""On a CPU, models of at most so many layers have them written out: see `choose_unroll`."""
 
 
 class Choice(NamedTuple):
@@ -72,15 +75,23 @@ def _obstacle(cfg: GPTConfig, length: int, platform: str, dropout: bool) -> str 
     return next((reason for applies, reason in of_any + of_platform[platform] if applies), None)
 
 
-def choose_loss_chunk(cfg: GPTConfig, rows: int, length: int, platform: str) -> int:
+def choose_loss_chunk(cfg: GPTConfig, rows: int, length: int) -> int:
     """How many positions of each row the loss takes at a time, at most `cfg.loss_chunk`; `length` if all.
 
     `rows` are those of one device. Chunks are of nearly equal size, so that the last one is not mostly padding.
     """
-    default = length if platform == "cpu" else max(1, LOSS_TOKENS // rows)
-    most = (default if cfg.loss_chunk is None else cfg.loss_chunk) or length
+    most = (max(1, LOSS_TOKENS // rows) if cfg.loss_chunk is None else cfg.loss_chunk) or length
     chunks = -(-length // most)
     return -(-length // chunks)
+
+
+def choose_unroll(cfg: GPTConfig, platform: str) -> int:
+    """How many blocks are written out in each turn of the scan over layers: all of a small model's on a CPU, else one.
+
+    Around a scan's turns XLA copies slices of the parameters, activations and gradients. Written out, an update takes 0.8 to 0.9 of
+    the time, but its compilation 1.3 times as long for 4 layers and four times for 12 (docs/performance.md).
+    """
+    return cfg.n_layers if platform == "cpu" and cfg.n_layers <= WRITTEN_OUT else 1
 
 
 def current_platform() -> str:

@@ -15,10 +15,30 @@ from flaxgpt.convert.names import VOCAB_AXES
 from flaxgpt.sharding import placed
 
 
-def dense(cfg: GPTConfig, path: str, features: int, *, use_bias: bool) -> nn.Dense:
-    """A linear layer, initialised as the parameters at this path are."""
-    kernel_init, bias_init = initialiser(cfg, f"{path}/kernel"), initialiser(cfg, f"{path}/bias")
-    return nn.Dense(features, use_bias=use_bias, dtype=cfg.dtype, kernel_init=kernel_init, bias_init=bias_init)
+class Linear(nn.Module):
+    """The last axis of x times kernel plus bias, in the dtype of the model; initialised as the parameters at `path_of_layer` are."""
+
+    cfg: GPTConfig
+    path_of_layer: str
+    features: int
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", initialiser(self.cfg, f"{self.path_of_layer}/kernel"), (x.shape[-1], self.features))
+        y = matmul(x.astype(self.cfg.dtype), kernel.astype(self.cfg.dtype))
+        if self.use_bias:
+            y += self.param("bias", initialiser(self.cfg, f"{self.path_of_layer}/bias"), (self.features,)).astype(self.cfg.dtype)
+        return y
+
+
+def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """The product x @ kernel over the last axis of x, as one of two matrices; `dtype` is that of the result.
+
+    With rows and positions as two axes, XLA's CPU backend transposes what the kernel's gradient is made of: 1.1 to 1.4 times the time.
+    """
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Embedding(nn.Module):
@@ -52,7 +72,7 @@ class OutHead(nn.Module):
 def project(x_BTD: jax.Array, kernel_DV: jax.Array) -> jax.Array:
     """Logits (B, T, V): a product in the dtype of x, added up in float32 at least."""
     kernel_DV = placed(kernel_DV.astype(x_BTD.dtype), "DV")
-    return jnp.einsum("BTD,DV->BTV", x_BTD, kernel_DV, preferred_element_type=wide(x_BTD.dtype))
+    return matmul(x_BTD, kernel_DV, wide(x_BTD.dtype))
 
 
 class LayerNorm(nn.Module):

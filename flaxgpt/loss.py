@@ -6,18 +6,15 @@ import jax
 import optax
 
 from flaxgpt.config import GPTConfig
-from flaxgpt.kernels import LOSS_TOKENS, choose_loss_chunk, chunked_loss, current_platform, padded_logits
-from flaxgpt.sharding import placed, ways
+from flaxgpt.kernels import LOSS_TOKENS, choose_loss_chunk, chunked_loss, padded_logits
+from flaxgpt.sharding import ways
 
 
 def head_loss(x_BTD: jax.Array, kernel_DV: jax.Array, targets_BT: jax.Array, cfg: GPTConfig) -> jax.Array:
-    """The loss of `next_token_loss`, from `flaxgpt.model.hidden` and `head_kernel`: all logits at once, or `cfg.loss_chunk` of each row."""
+    """The loss of `next_token_loss`, from `flaxgpt.model.hidden` and `head_kernel`, `cfg.loss_chunk` positions of each row at a time."""
     B, T = targets_BT.shape
-    chunk = choose_loss_chunk(cfg, B // ways("fsdp", B), T, current_platform())
-    # A vocabulary that is split must be summed over, not looked up in; and rows that are split leave a gradient to be scattered.
-    if chunk < T or ways("tensor", cfg.padded_vocab) > 1 or ways("fsdp", B) > 1:
-        return chunked_loss(x_BTD, kernel_DV, targets_BT, cfg.vocab_size, chunk)
-    return next_token_loss(placed(padded_logits(x_BTD, kernel_DV, cfg.vocab_size), "BTV"), targets_BT)
+    chunk = choose_loss_chunk(cfg, B // ways("fsdp", B), T)
+    return chunked_loss(x_BTD, kernel_DV, targets_BT, cfg.vocab_size, chunk)
 
 
 @jax.named_scope("loss")

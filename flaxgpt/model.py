@@ -19,8 +19,8 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.edits import Edits, checked_edits
 from flaxgpt.errors import InputError
 from flaxgpt.interventions import editing, layer_numbers, visiting
-from flaxgpt.kernels import choose_attention, current_platform, fused_attention
-from flaxgpt.layers import Dropout, Embedding, Identity, LayerNorm, OutHead, dense, project, rematerialised, wide
+from flaxgpt.kernels import choose_attention, choose_unroll, current_platform, fused_attention
+from flaxgpt.layers import Dropout, Embedding, Identity, LayerNorm, Linear, OutHead, project, rematerialised, wide
 from flaxgpt.sharding import placed
 from flaxgpt.types import Params
 
@@ -138,12 +138,13 @@ class GPT(nn.Module):
             x_BTD, cache = module(x_BTD, cache, rows_B)
             return placed(x_BTD, "BTD"), cache
 
-        # One compiled block, run L times: every collection and the dropout keys are split along the L axis.
+        # One block, run L times: every collection and the dropout keys are split along the L axis.
         x_BTD, _ = nn.scan(
             rematerialised(block, cfg),
             variable_axes={"params": 0, "dropout_masks": 0, "taps": 0, "perturbations": 0, "layer": 0},
             split_rngs={"params": True, "dropout": True},
             length=cfg.n_layers,
+            unroll=1 if self.is_initializing() else choose_unroll(cfg, current_platform()),
         )(self.trf_blocks, x_BTD, None)
         return self.final_norm(x_BTD)
 
@@ -191,10 +192,10 @@ class MultiHeadAttention(nn.Module):
 
     def setup(self) -> None:
         cfg, D = self.cfg, self.cfg.emb_dim
-        self.W_query = dense(cfg, "trf_blocks/att/W_query", D, use_bias=cfg.qkv_bias)
-        self.W_key = dense(cfg, "trf_blocks/att/W_key", D, use_bias=cfg.qkv_bias)
-        self.W_value = dense(cfg, "trf_blocks/att/W_value", D, use_bias=cfg.qkv_bias)
-        self.out_proj = dense(cfg, "trf_blocks/att/out_proj", D, use_bias=cfg.bias)
+        self.W_query = Linear(cfg, "trf_blocks/att/W_query", D, cfg.qkv_bias)
+        self.W_key = Linear(cfg, "trf_blocks/att/W_key", D, cfg.qkv_bias)
+        self.W_value = Linear(cfg, "trf_blocks/att/W_value", D, cfg.qkv_bias)
+        self.out_proj = Linear(cfg, "trf_blocks/att/out_proj", D, cfg.bias)
         self.dropout = Dropout(cfg.drop_rate)
 
     def __call__(
@@ -231,8 +232,8 @@ class FeedForward(nn.Module):
     cfg: GPTConfig
 
     def setup(self) -> None:
-        self.layers_0 = dense(self.cfg, "trf_blocks/ff/layers_0", 4 * self.cfg.emb_dim, use_bias=self.cfg.bias)
-        self.layers_2 = dense(self.cfg, "trf_blocks/ff/layers_2", self.cfg.emb_dim, use_bias=self.cfg.bias)
+        self.layers_0 = Linear(self.cfg, "trf_blocks/ff/layers_0", 4 * self.cfg.emb_dim, self.cfg.bias)
+        self.layers_2 = Linear(self.cfg, "trf_blocks/ff/layers_2", self.cfg.emb_dim, self.cfg.bias)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         hidden_BTF = jax.nn.gelu(self.layers_0(x_BTD), approximate=self.cfg.activation == "gelu_tanh")

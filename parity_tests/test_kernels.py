@@ -149,20 +149,19 @@ def test_weights_that_are_dropped_out_or_looked_at_and_a_cache_have_the_plain_at
 
 
 @pytest.mark.parametrize(
-    ("loss_chunk", "rows", "length", "platform", "chunk"),
+    ("loss_chunk", "rows", "length", "chunk"),
     [
-        (None, 8, 1024, "cpu", 1024),
-        (None, 16, 1024, "gpu", 128),
-        (None, 1, 1024, "tpu", 1024),
-        (None, 12, 1024, "gpu", 147),  # seven chunks
-        (None, 9999, 1024, "gpu", 1),
-        (0, 16, 1024, "gpu", 1024),
-        (2000, 16, 1024, "gpu", 1024),
-        (100, 16, 1024, "cpu", 94),  # eleven
+        (None, 16, 1024, 128),
+        (None, 1, 1024, 1024),
+        (None, 12, 1024, 147),  # seven chunks
+        (None, 9999, 1024, 1),
+        (0, 16, 1024, 1024),
+        (2000, 16, 1024, 1024),
+        (100, 16, 1024, 94),  # eleven
     ],
 )
-def test_the_loss_takes_at_most_so_many_positions_at_a_time(loss_chunk, rows, length, platform, chunk):
-    assert choose_loss_chunk(SMALL.replace(loss_chunk=loss_chunk), rows, length, platform) == chunk
+def test_the_loss_takes_at_most_so_many_positions_at_a_time(loss_chunk, rows, length, chunk):
+    assert choose_loss_chunk(SMALL.replace(loss_chunk=loss_chunk), rows, length) == chunk
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 8, 15])  # of 16 positions: some leave a rest

@@ -24,6 +24,7 @@ import tyro
 from flaxgpt.config import GPTConfig
 from flaxgpt.errors import InputError
 from flaxgpt.run.cli import one_line_errors
+from flaxgpt.run.process import keep_memory_and_programs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,6 +55,7 @@ class BenchmarkArgs:
 @one_line_errors
 def main() -> None:
     """Parse the flags, time, print a line for each batch size."""
+    keep_memory_and_programs()
     args = tyro.cli(BenchmarkArgs, description=__doc__)
     for name in ("prompt_tokens", "new_tokens", "rounds"):
         if getattr(args, name) < 1:

@@ -25,6 +25,7 @@ import tyro
 from flaxgpt.config import TrainConfig
 from flaxgpt.errors import InputError
 from flaxgpt.run.cli import one_line_errors
+from flaxgpt.run.process import keep_memory_and_programs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +70,7 @@ class EvaluateArgs:
 @one_line_errors
 def main() -> None:
     """Parse the flags, load model and text, evaluate, print."""
+    keep_memory_and_programs()
     args = tyro.cli(EvaluateArgs, description=__doc__)
     if (args.checkpoint is None) == (args.init_from is None):
         raise InputError("give a run folder with --checkpoint, or a model with --init-from, and not both")

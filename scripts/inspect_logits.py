@@ -31,6 +31,7 @@ import tyro
 from flaxgpt.config import GREEDY, SamplingConfig, TrainConfig
 from flaxgpt.errors import InputError
 from flaxgpt.run.cli import one_line_errors, typed_text
+from flaxgpt.run.process import keep_memory_and_programs
 
 if TYPE_CHECKING:
     from flaxgpt.checkpoint import LoadedModel
@@ -94,6 +95,7 @@ RANGES = {"top": (1, math.inf), "draws": (0, 1000), "steps": (0, math.inf), "len
 @one_line_errors
 def main() -> None:
     """Parse the flags, look, print."""
+    keep_memory_and_programs()
     args = tyro.cli(InspectArgs, description=__doc__)
     check(args)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed

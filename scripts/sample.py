@@ -29,6 +29,7 @@ import tyro
 from flaxgpt.config import SamplingConfig
 from flaxgpt.errors import InputError
 from flaxgpt.run.cli import one_line_errors, read_file, typed_text
+from flaxgpt.run.process import keep_memory_and_programs
 
 if TYPE_CHECKING:
     from flaxgpt.data.tokenizer import Tokenizer
@@ -73,6 +74,7 @@ class SampleArgs:
 @one_line_errors
 def main() -> None:
     """Parse the flags, load the run, generate, print."""
+    keep_memory_and_programs()
     args = tyro.cli(SampleArgs, description=__doc__)
     if (args.checkpoint is None) == (args.init_from is None):
         raise InputError("give a run folder with --checkpoint, or a model with --init-from, and not both")

@@ -10,11 +10,13 @@ Examples:
 import sys
 
 from flaxgpt.run.cli import one_line_errors, parse_train, sample_command
+from flaxgpt.run.process import keep_memory_and_programs
 
 
 @one_line_errors
 def main() -> None:
     """Parse the flags, load the data, train, say how to go on."""
+    keep_memory_and_programs()
     args = parse_train(__doc__)
 
     from flaxgpt.checkpoint import load_params

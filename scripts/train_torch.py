@@ -10,11 +10,13 @@ import sys
 
 from flaxgpt.errors import InputError
 from flaxgpt.run.cli import one_line_errors, parse_train, sample_command
+from flaxgpt.run.process import keep_memory_and_programs
 
 
 @one_line_errors
 def main() -> None:
     """Parse the flags, load the data, train, say how to sample."""
+    keep_memory_and_programs()
     args = parse_train(__doc__)
     if args.resume:
         raise InputError("the reference can't resume: its random generator depends on all that was drawn before; train_jax.py can")

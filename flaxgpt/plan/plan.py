@@ -270,7 +270,7 @@ def model_flops(cfg: TrainConfig) -> float:
 
 def loss_chunk(cfg: TrainConfig, mesh: Mesh) -> int:
     """Positions of each row whose logits are held at a time, as `flaxgpt.loss` chooses."""
-    return choose_loss_chunk(cfg.model, rows_at_once(cfg, mesh), cfg.model.context_length, _platform(mesh))
+    return choose_loss_chunk(cfg.model, rows_at_once(cfg, mesh), cfg.model.context_length)
 
 
 def doubts(program: Program, cfg: TrainConfig, mesh: Mesh, attention: str, chunk: int) -> Iterator[str]:

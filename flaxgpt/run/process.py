@@ -1,0 +1,46 @@
+"""What a script sets up for its own process: memory that is freed stays for the next update, compiled programs for the next start."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from flaxgpt.data.corpora import cache_dir
+
+PROGRAMS_BYTES = 2 * 1024**3
+"""What compiled programs may take on disk; the least recently used go first. An update of GPT-2 124M on a CPU is 2 MB."""
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+
+
+def keep_memory_and_programs() -> None:
+    """Call it first in a script that computes with JAX: what it sets is read when JAX is imported."""
+    _keep_freed_memory()
+    _keep_compiled_programs()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed, up to 2 GB, where by default it gives pieces of over 128 KB to 32 MB back to the system.
+
+    XLA on a CPU allocates an update's scratch memory anew each time, and the kernel then hands out zeroed pages, 4 KB at a time:
+    more than a third of an update of `shakespeare-char` (docs/performance.md). One arena, since threads that have their own don't
+    use what others have freed. Pieces of 1 GB or more still come and go, so that no hole of that size is left behind.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:  # glibc; other libraries have other habits
+        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            mallopt(parameter, value)
+
+
+def _keep_compiled_programs() -> None:
+    """Have JAX keep them in the cache folder, unless the environment says where, or that folder can't be written."""
+    folder = cache_dir() / "programs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK) and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAMS_BYTES))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
