@@ -62,7 +62,7 @@ def of_optimizer(n_params: int, rates: Rates) -> float:
 
 
 def of_decoding(cfg: GPTConfig, n_params: int, batch: int, new_tokens: int, prompt_tokens: int, rates: Rates) -> float:
-    """Seconds of prompt and new tokens: the prompt's arithmetic, then for each token its own, or the reading of all weights if that is more."""
+    """Seconds of prompt and new tokens: the prompt's arithmetic, then of each token its own, or reading all weights if that is more."""
     size = 2 if cfg.dtype == "bfloat16" else 4
     matrices = n_params - cfg.context_length * cfg.emb_dim  # positions are looked up; the tied embedding is read as the head
     token = max(matrices * size / rates.bandwidth, 2 * matrices * batch / rates.flops)
