@@ -309,11 +309,11 @@ def wanted(args: BenchmarkArgs, who: str) -> bool:
 
 
 def peers(args: BenchmarkArgs, make: Callable[..., Made], variants: tuple[str, ...] | None = None) -> tuple[dict[str, Made], list[Row]]:
-    """What `make(torch_ref.benchmark, variant)` makes for each variant that is wanted, and rows that say why some are not there."""
+    """What `make(torch_ref.benchmark.calls, variant)` makes for each variant that is wanted, and rows that say why some are not there."""
     from flaxgpt.benchmark.timing import Row
 
     try:
-        from torch_ref import benchmark as torch_side
+        from torch_ref.benchmark import calls as torch_side
     except ImportError as error:
         return {}, [Row("", "torch", "s", (), note=f"{error.name} is not installed")]
     made, missing = {}, []

@@ -1,0 +1,1 @@
+"""What flaxgpt is timed against."""
