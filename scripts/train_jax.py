@@ -9,13 +9,14 @@ Examples:
 
 import sys
 
-from flaxgpt.run.cli import one_line_errors, parse_train, sample_command
+from flaxgpt.run.cli import one_line_errors, parse_train, parse_updates, sample_command
 
 
 @one_line_errors
 def main() -> None:
     """Parse the flags, load the data, train, say how to go on."""
     args = parse_train(__doc__)
+    profile = None if args.profile is None else parse_updates(args.profile)
 
     from flaxgpt.checkpoint import load_params
     from flaxgpt.convert.params import cropped
@@ -32,7 +33,7 @@ def main() -> None:
     if args.source:
         params = cropped(load_params(args.source) if args.source.params is None else args.source.params, cfg.model)
     with RunLog(args.out_dir, init_from=args.source and str(args.source.path.absolute())) as log:
-        train(cfg, corpus, log, resume=resume, params=params)
+        train(cfg, corpus, log, resume=resume, params=params, profile=profile)
         log.summary(sample_command(args.out_dir))
     if log.stop.signal is not None:
         print("stopped early: the same command with --resume goes on from here")
