@@ -191,7 +191,8 @@ class TrainConfig(_Config):
     tensorboard: bool = False
     """Write the metrics and samples for TensorBoard as well, into the run folder; needs the extra tensorboard."""
     wandb: str | None = None
-    """Send the metrics and samples to this project of Weights & Biases as well; needs the extra wandb. WANDB_MODE=offline keeps them here."""
+    """Send the metrics and samples to this project of Weights & Biases as well; needs the extra wandb. With WANDB_MODE=offline
+    they stay here."""
     peak_tflops: float | None = None
     """Peak of one device, in 10^12 operations a second, that MFU is a share of; None: the published one, where it is known."""
     fsdp: int = 1

@@ -21,7 +21,11 @@ class Tracer:
     """
 
     def __init__(self, updates: range | None, to_come: range, folder: Path) -> None:
-        """InputError if `updates` are not among those to come. The trace goes into `folder`, as TensorBoard's plugin and xprof look for it."""
+        """The trace goes into `folder`, where xprof and TensorBoard's plugin look for it.
+
+        Raises:
+            InputError: `updates` are not among those to come.
+        """
         self._updates, self._folder, self.trace = updates or range(0), folder, None
         if updates and not (to_come.start <= updates.start and updates.stop <= to_come.stop):
             raise InputError(f"--profile {updates.start}:{updates.stop}: the updates to come are {to_come.start}:{to_come.stop}")

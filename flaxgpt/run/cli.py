@@ -73,6 +73,10 @@ def parse_train(description: str, args: list[str] | None = None, *, preset: str 
     with contextlib.suppress(argparse.ArgumentError):  # a flag without its value: tyro will say so
         first = peek.parse_known_args(args)[0]
     out_dir = first.out_dir or Path("runs") / f"{folder}{first.preset}"
+    try:
+        out_dir.exists()
+    except OSError as error:  # its name is too long
+        raise InputError(f"choose another --out-dir ({error.strerror}): {out_dir}") from None
     resume = first.resume and has_run(out_dir)
     config = load_config(out_dir) if resume else TrainConfig.preset(first.preset)
     init_from = start_of(out_dir) if resume else first.init_from

@@ -155,7 +155,7 @@ def read_metrics(folder: Path) -> list[Record]:
 
 def why_not_written(error: BaseException) -> str | None:
     """Why the file system refused to write, if an error (of Python, or of Orbax, which only has it in its text) says so."""
-    numbers = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
+    numbers = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG
     if isinstance(error, InputError):
         return None
     return next((reason for reason in map(os.strerror, numbers) if reason in str(error)), None)

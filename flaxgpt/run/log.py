@@ -45,7 +45,10 @@ class RunLog:
 
     def __enter__(self) -> Self:
         if self.out_dir.is_dir():
-            self._lock = lock_folder(self.out_dir)
+            try:
+                self._lock = lock_folder(self.out_dir)
+            except OSError as error:
+                raise self._unwritable(error) or error from None
         self.stop.__enter__()
         return self
 
@@ -61,10 +64,8 @@ class RunLog:
                     self._draw()  # a run that was stopped has no evaluation at its end
         except OSError as another:
             error = error or another
-        if error and (reason := why_not_written(error)):
-            raise InputError(
-                f"can't write to {self.out_dir} ({reason}): what was saved before is whole, and --resume goes on from there"
-            ) from None
+        if error and (unwritable := self._unwritable(error)):
+            raise unwritable from None
 
     def begin(
         self,
@@ -160,6 +161,12 @@ class RunLog:
         """Show what was reached, what the time went to, where everything is, and the command that samples from the run."""
         last = [record for record in self._folder.records if "val/loss" in record][-1]
         self._terminal.summary(last, spent(self._folder.records), self.out_dir, command)
+
+    def _unwritable(self, error: BaseException) -> InputError | None:
+        """What a person is told, if the file system refused to write."""
+        reason = why_not_written(error)
+        said = f"can't write to {self.out_dir} ({reason}): what was saved before is whole, and --resume goes on from there"
+        return InputError(said) if reason else None
 
     def _record(self, step: int, values: Record) -> None:
         seconds = round(time.perf_counter() - self._started, 3)

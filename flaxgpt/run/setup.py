@@ -53,7 +53,8 @@ def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite:
         of the schedule, the prompt) is written out, so that a resumed run has the same.
 
     Raises:
-        InputError: see `check_installed`, `check_out_dir`, `load_corpus` and `split_windows`; or the run to resume had another config or other data.
+        InputError: see `check_installed`, `check_out_dir`, `load_corpus` and `split_windows`; or the run to resume had another
+            config or other data.
     """
     check_installed(cfg)
     check_out_dir(out_dir, resume=resume, overwrite=overwrite)
@@ -68,7 +69,8 @@ def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite:
         saved, new = (flat(config) for config in (load_config(out_dir), cfg))
         if changed := [name for name in saved if saved[name] != new[name] and name not in CHANGEABLE]:
             raise InputError(f"--resume can't change {', '.join(changed)}; start another run with another --out-dir")
-        if load_tokenizer(out_dir / TOKENIZER).to_dict() != corpus.tokenizer.to_dict() or read_text(out_dir / DATA) != corpus.fingerprint():
+        same_data = any(read_text(out_dir / DATA) == corpus.fingerprint(scattered=scattered) for scattered in (False, True))
+        if load_tokenizer(out_dir / TOKENIZER).to_dict() != corpus.tokenizer.to_dict() or not same_data:
             raise InputError(f"--resume: the text of {cfg.data} is not the one that {out_dir} was trained on")
     return cfg, corpus
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,10 +36,8 @@ class Stopwatch:
 def spent(records: Sequence[Record]) -> dict[str, float]:
     """Seconds of a whole run, over all processes that it took: by part, and under "other" the rest (logging, pictures)."""
     parts = {part: sum(record.get(f"seconds/{part}", 0.0) for record in records) for part in PARTS}
-    lasts = [
-        before for before, after in zip(records, [*records[1:], None], strict=True) if not after or after["seconds"] < before["seconds"]
-    ]
-    return parts | {"other": max(0.0, sum(record["seconds"] for record in lasts) - sum(parts.values()))}
+    processes = [before for before, after in itertools.pairwise(records) if after["seconds"] < before["seconds"]] + [*records[-1:]]
+    return parts | {"other": max(0.0, sum(record["seconds"] for record in processes) - sum(parts.values()))}
 
 
 def flops_per_token(model: GPTConfig) -> int:
