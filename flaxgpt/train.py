@@ -107,9 +107,10 @@ def train(
         for step in range(start, cfg.max_steps):
             with log.timed("data"):
                 batch = sharding.shard_batch(batches[step], mesh)
-            with log.timed("compute"), jax.profiler.StepTraceAnnotation("update", step_num=step):
+            with log.timed("compute"):
                 tracer.before(step, state)
-                state, metrics = train_step(state, batch)
+                with jax.profiler.StepTraceAnnotation("update", step_num=step):
+                    state, metrics = train_step(state, batch)
                 tracer.after(step, state)
             if unreported:
                 report(*unreported)

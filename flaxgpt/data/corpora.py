@@ -34,8 +34,8 @@ class Corpus:
     def fingerprint(self, *, scattered: bool = False) -> str:
         """Lengths, and hashes of up to a million tokens spread over each split, as JSON: enough to notice another text.
 
-        Of a split with more, they are 16 pieces of 65536 tokens, so that little is read. `scattered`: single ones, as up to version 0.4, for
-        which all is read.
+        Of a split with more, they are 16 pieces of 65536 tokens, so that little is read. `scattered`: single ones, as up to version 0.4,
+        for which all is read.
         """
         splits = {}
         for name, tokens in (("train", self.train), ("val", self.val)):

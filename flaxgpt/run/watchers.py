@@ -86,12 +86,12 @@ class TensorBoard:
     def begin(self, start: Start) -> None:
         """Begin another file of events. It says from which update on those of earlier files are void."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
-        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
         from tensorboard.plugins.text.summary_v2 import text_pb
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event, self._scalar, self._text = Event, scalar_pb, text_pb
+        self._event, self._summary, self._text = Event, Summary, text_pb
         (start.folder / TENSORBOARD).mkdir(exist_ok=True)
         # TensorBoard reads files in the order of their names
         self._file = (start.folder / TENSORBOARD / f"events.out.tfevents.{time.time_ns()}").open("wb")
@@ -105,9 +105,8 @@ class TensorBoard:
     def record(self, record: Record) -> None:
         """A scalar for each value; on disk after ten seconds, or after an evaluation."""
         step = int(record["step"])
-        for name, value in record.items():
-            if name != "step":
-                self._add(step=step, summary=self._scalar(name, value))
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in record.items() if name != "step"]
+        self._add(step=step, summary=self._summary(value=values))
         now = time.monotonic()
         if "val/loss" in record or now - self._flushed_at > self._FLUSH_SECONDS:
             self._file.flush()
