@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import prepare_data
 import pytest
 import train_jax
 import train_torch
@@ -20,6 +21,12 @@ from flaxgpt.run.saved import saved_steps, verify
 def test_a_name_that_is_too_long_is_one_line(call, tmp_path, script, flags):
     (tmp_path / "text.txt").write_text(TEXT)
     refused(call(script, *FLAGS, *flags, "--out-dir", "x" * 300), r"choose another --out-dir \(File name too long\): xxx")
+
+
+def test_a_name_that_is_too_long_for_prepared_data_is_one_line(call, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    for length in (300, 253):  # 255 bytes are allowed, and .part is added
+        refused(call(prepare_data, "text.txt", "--processes", "1", "--out-dir", "x" * length), r"\(File name too long\)")
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,9 @@ def make_watchers(cfg: TrainConfig) -> list[Watcher]:
 class TensorBoard:
     """Event files for TensorBoard: a scalar for each column, samples and the config as text, and the config as hyperparameters.
 
-    They are written in the loop's own thread (TensorBoard's writer of files has another), so a full disk is noticed there.
+    Each event is written at once and in the loop's own thread, where TensorBoard's own writer of files has a buffer and another: a run
+    that is killed has all of them, and a full disk is noticed.
     """
-
-    _FLUSH_SECONDS = 10
 
     def __init__(self) -> None:
         self._file = None
@@ -94,8 +93,8 @@ class TensorBoard:
         self._event, self._summary, self._text = Event, Summary, text_pb
         (start.folder / TENSORBOARD).mkdir(exist_ok=True)
         # TensorBoard reads files in the order of their names
-        self._file = (start.folder / TENSORBOARD / f"events.out.tfevents.{time.time_ns()}").open("wb")
-        self._writer, self._flushed_at = RecordWriter(self._file), 0.0
+        self._file = (start.folder / TENSORBOARD / f"events.out.tfevents.{time.time_ns()}").open("wb", buffering=0)
+        self._writer = RecordWriter(self._file)
         self._add(file_version="brain.Event:2")
         self._add(step=start.step, session_log=SessionLog(status=SessionLog.START))
         settings = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat(start.cfg).items()}
@@ -103,22 +102,16 @@ class TensorBoard:
         self._add(step=start.step, summary=text_pb("config", _code(json.dumps(start.cfg.to_dict(), indent=2))))
 
     def record(self, record: Record) -> None:
-        """A scalar for each value; on disk after ten seconds, or after an evaluation."""
-        step = int(record["step"])
+        """A scalar for each value."""
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in record.items() if name != "step"]
-        self._add(step=step, summary=self._summary(value=values))
-        now = time.monotonic()
-        if "val/loss" in record or now - self._flushed_at > self._FLUSH_SECONDS:
-            self._file.flush()
-            self._flushed_at = now
+        self._add(step=int(record["step"]), summary=self._summary(value=values))
 
     def sample(self, step: int, text: str) -> None:
         """The text, as it is."""
         self._add(step=step, summary=self._text("sample", _code(text)))
-        self._file.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """All is written."""
         if self._file:
             self._file.close()
 
