@@ -20,16 +20,16 @@ class Tracer:
         trace: the trace as Perfetto opens it, once it is written.
     """
 
-    def __init__(self, updates: range | None, to_come: range, folder: Path) -> None:
-        """The trace goes into `folder`, where xprof and TensorBoard's plugin look for it.
-
-        Raises:
-            InputError: `updates` are not among those to come.
-        """
+    def __init__(self, updates: range | None, folder: Path) -> None:
+        """The trace goes into `folder`, where xprof and TensorBoard's plugin look for it."""
         self._updates, self._folder, self.trace = updates or range(0), folder, None
-        if updates and not (to_come.start <= updates.start and updates.stop <= to_come.stop):
-            raise InputError(f"--profile {updates.start}:{updates.stop}: the updates to come are {to_come.start}:{to_come.stop}")
         self._runs = False
+
+    def check(self, to_come: range) -> None:
+        """InputError if the updates are not all among those to come."""
+        asked = self._updates
+        if asked and not (asked[0] in to_come and asked[-1] in to_come):
+            raise InputError(f"--profile {asked.start}:{asked.stop}: the updates to come are {to_come.start}:{to_come.stop}")
 
     def before(self, step: int, state: Any) -> None:
         """`state` is what the update starts from."""

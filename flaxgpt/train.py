@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
 import jax
 import jax.numpy as jnp
@@ -78,13 +77,14 @@ def train(
     sample = sharding.within(mesh, make_sample)
     learning_rates = np.asarray(make_schedule(cfg)(np.arange(cfg.max_steps)))
 
-    with Checkpoints(log.out_dir / CHECKPOINTS, keep=cfg.keep_checkpoints) as checkpoints, ExitStack() as stack:
+    tracer = Tracer(profile, log.out_dir / PROFILE)
+    with Checkpoints(log.out_dir / CHECKPOINTS, keep=cfg.keep_checkpoints) as checkpoints, tracer:
         goes_on = resume and checkpoints.newest is not None
         state = checkpoints.restore(template, shardings) if goes_on else create_state(cfg, optimizer, mesh, params)
         start = int(state.step)
         if start >= cfg.max_steps:
             raise InputError(f"{log.out_dir} has made its {start} updates: pass a larger --max-steps to go on")
-        tracer = stack.enter_context(Tracer(profile, range(start, cfg.max_steps), log.out_dir / PROFILE))
+        tracer.check(range(start, cfg.max_steps))
         log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=devices, resume=resume, peak_flops=peak_flops)
         unreported: tuple[int, Metrics] | None = None
         saved_at, in_a_row = time.monotonic(), 0

@@ -4,6 +4,7 @@ Examples:
   train_jax.py --preset shakespeare-char
   train_jax.py --data my.txt --out-dir runs/mine --max-steps 3000
   train_jax.py --out-dir runs/mine --resume --max-steps 5000
+  train_jax.py --data my.txt --out-dir runs/watched --tensorboard --wandb my-project --profile 10:13
   train_jax.py --init-from gpt2 --data my.txt --context-length 256 --learning-rate 5e-5 --min-learning-rate 5e-6 --out-dir runs/tuned
 """
 
