@@ -23,7 +23,7 @@ from flaxgpt.run.source import Source, open_run, open_source
 from flaxgpt.state import TrainState
 from flaxgpt.types import Params
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports its every step through absl,
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its every step through absl, and what fails it raises as well,
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and a read that fails both raises and logs a traceback here
 
 

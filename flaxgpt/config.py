@@ -188,6 +188,13 @@ class TrainConfig(_Config):
     """What the sample after each evaluation starts from; None: two words of the validation text."""
     sample_tokens: int = 50
     """Tokens in that sample, decoded greedily; 0: none."""
+    tensorboard: bool = False
+    """Write the metrics and samples for TensorBoard as well, into the run folder; needs the extra tensorboard."""
+    wandb: str | None = None
+    """Send the metrics and samples to this project of Weights & Biases as well; needs the extra wandb. With WANDB_MODE=offline
+    they stay here."""
+    peak_tflops: float | None = None
+    """Peak of one device, in 10^12 operations a second, that MFU is a share of; None: the published one, where it is known."""
     fsdp: int = 1
     """Devices that share one copy of the parameters and the rows of a batch (fully sharded data parallelism)."""
     tensor: int = 1
@@ -207,11 +214,12 @@ class TrainConfig(_Config):
         self._require("grad_accum_steps", lambda v: v == "auto" or v >= 1, "at least 1, or auto")
         self._require("warmup_steps sample_tokens skip_nonfinite", lambda v: v >= 0, "at least 0")
         self._require("learning_rate min_learning_rate weight_decay", lambda v: 0 <= v < math.inf, "a number of at least 0")
-        self._require("eps clip_norm checkpoint_minutes", lambda v: 0 < v < math.inf, "a positive number")
+        self._require("eps clip_norm checkpoint_minutes peak_tflops", lambda v: 0 < v < math.inf, "a positive number")
         self._require("beta1 beta2", lambda v: 0 <= v < 1, "a value in [0, 1)")
         self._require("train_ratio", lambda v: 0 < v < 1, "a value between 0 and 1, so that some text trains and some validates")
         self._require("seed", lambda v: 0 <= v < 2**32, "a value in [0, 2**32)")
         self._require("prompt", bool, "some text (the prompt is empty), or none given")
+        self._require("wandb", bool, "the name of a project")
         if self.grad_accum_steps != "auto" and self.batch_size % self.grad_accum_steps:
             raise InputError(f"batch_size={self.batch_size} is not divisible by grad_accum_steps={self.grad_accum_steps}")
         if self.total_decay_steps <= self.warmup_steps:

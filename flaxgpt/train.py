@@ -23,14 +23,23 @@ from flaxgpt.kernels import choose_attention
 from flaxgpt.optim import make_optimizer, make_schedule
 from flaxgpt.plan.search import settle
 from flaxgpt.plan.targets import present
-from flaxgpt.run.folder import CHECKPOINTS
+from flaxgpt.profiler import Tracer
+from flaxgpt.run.folder import CHECKPOINTS, PROFILE
 from flaxgpt.run.log import RunLog, check_loss
 from flaxgpt.state import TrainState, abstract_state, count_params, create_state
 from flaxgpt.step import Metrics, jit_train_step, make_eval_step
 from flaxgpt.types import Batch, Params
 
 
-def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False, params: Params | None = None) -> TrainState:
+def train(
+    cfg: TrainConfig,
+    corpus: Corpus,
+    log: RunLog,
+    *,
+    resume: bool = False,
+    params: Params | None = None,
+    profile: range | None = None,
+) -> TrainState:
     """Train from the run folder's newest checkpoint if there is one to go on from, else from the start, to `max_steps` updates.
 
     Update s (from 0) trains on batch s; an evaluation, log line or checkpoint "at step s" comes after that update.
@@ -43,17 +52,20 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
         log: what the results are reported to; its folder takes the checkpoints.
         resume: go on from the newest of them, or if there is none yet, begin anew.
         params: what to start from, if not from random parameters; arrays, or what is read where it is indexed.
+        profile: updates that JAX's profiler traces.
 
     Raises:
         InputError: the splits are too short for the config, the devices can't share its batches, what is to be found (auto) does not fit in
-            memory, the attention that is asked for is impossible on these devices, the run is complete, or more losses in a row
-            than `skip_nonfinite` are not finite.
+            memory, the attention that is asked for is impossible on these devices, the run is complete, the updates to trace are not among
+            those to come, or more losses in a row than `skip_nonfinite` are not finite.
     """
     if cfg.model.dtype == "float64":
         raise InputError("dtype=float64 is for comparisons (parity_report.py, replay.py): train in float32 or bfloat16")
     batches = train_batches(corpus.train, cfg)
     mesh, optimizer = sharding.make_mesh(cfg.fsdp, cfg.tensor), make_optimizer(cfg)
-    asked, cfg = cfg, settle(cfg, present(list(mesh.devices.flat)))
+    target = present(list(mesh.devices.flat))
+    asked, cfg = cfg, settle(cfg, target)
+    peak_flops = cfg.peak_tflops * 1e12 * mesh.size if cfg.peak_tflops else target.peak(cfg.model.dtype)
     sharding.check_batch(cfg, mesh)
     splits = eval_batches(corpus.train, cfg, "training"), eval_batches(corpus.val, cfg, "validation")
     devices = describe_devices(cfg, mesh) + describe_choices(asked, cfg)
@@ -65,20 +77,23 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
     sample = sharding.within(mesh, make_sample)
     learning_rates = np.asarray(make_schedule(cfg)(np.arange(cfg.max_steps)))
 
-    with Checkpoints(log.out_dir / CHECKPOINTS, keep=cfg.keep_checkpoints) as checkpoints:
+    tracer = Tracer(profile, log.out_dir / PROFILE)
+    with Checkpoints(log.out_dir / CHECKPOINTS, keep=cfg.keep_checkpoints) as checkpoints, tracer:
         goes_on = resume and checkpoints.newest is not None
         state = checkpoints.restore(template, shardings) if goes_on else create_state(cfg, optimizer, mesh, params)
         start = int(state.step)
         if start >= cfg.max_steps:
             raise InputError(f"{log.out_dir} has made its {start} updates: pass a larger --max-steps to go on")
-        log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=devices, resume=resume)
+        tracer.check(range(start, cfg.max_steps))
+        log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=devices, resume=resume, peak_flops=peak_flops)
         unreported: tuple[int, Metrics] | None = None
         saved_at, in_a_row = time.monotonic(), 0
 
         def report(step: int, metrics: Metrics) -> None:
             """Wait for the metrics of an update, check them and hand them to the log."""
             nonlocal in_a_row
-            loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            with log.timed("compute"):
+                loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
             in_a_row = 0 if math.isfinite(loss) and math.isfinite(grad_norm) else in_a_row + 1
             if in_a_row > cfg.skip_nonfinite:
                 windows = batch_windows(corpus.train, cfg, step)
@@ -90,7 +105,13 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
                 log.update(step, loss, grad_norm, float(learning_rates[step - skipped]), skipped=skipped)
 
         for step in range(start, cfg.max_steps):
-            state, metrics = train_step(state, sharding.shard_batch(batches[step], mesh))
+            with log.timed("data"):
+                batch = sharding.shard_batch(batches[step], mesh)
+            with log.timed("compute"):
+                tracer.before(step, state)
+                with jax.profiler.StepTraceAnnotation("update", step_num=step):
+                    state, metrics = train_step(state, batch)
+                tracer.after(step, state)
             if unreported:
                 report(*unreported)
             unreported = step, metrics
@@ -102,13 +123,17 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
                 report(*unreported)  # first, since it refuses what is not finite and not worth saving
                 unreported = None
             if saves:
-                checkpoints.save(state)
+                with log.timed("checkpoint"):
+                    checkpoints.save(state)
                 saved_at = time.monotonic()
             if evaluates:
-                train_loss, val_loss = evaluate(state.params, eval_step, splits, mesh)
-                log.evaluation(step, train_loss, val_loss, sample(state.params, cfg, corpus.tokenizer))
+                with log.timed("evaluation"):
+                    train_loss, val_loss = evaluate(state.params, eval_step, splits, mesh)
+                    text = sample(state.params, cfg, corpus.tokenizer)
+                log.evaluation(step, train_loss, val_loss, text)
             if stops:
                 break
+    log.profiled(tracer.trace)
     return state
 
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from browser import CHROMIUM, Browser
 
 from flaxgpt.config import GPTConfig
 from flaxgpt.convert.params import from_torch
@@ -91,6 +92,15 @@ def plain(folders, tmp_path) -> Path:
     """One of them, which a test may spoil."""
     shutil.copytree(folders / "plain", tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not CHROMIUM:
+        pytest.skip("no chromium, chromium-browser or google-chrome is installed")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
 
 
 def refused(result, pattern):

@@ -89,7 +89,7 @@ def test_a_text_shorter_than_one_window_is_refused_with_the_remedy():
 
 def test_pydoc_is_plain_english_prose(private_cache):
     data = corpus.load_corpus("pydoc", "char", 0.9)
-    text = data.tokenizer.decode(data.train.tolist())
+    text = data.tokenizer.decode(data.train[:].tolist())
     assert len(text) > 100_000
     assert set(text) <= {"\n", *map(chr, range(32, 127))}
     assert sum(char.isalpha() or char == " " for char in text) / len(text) > 0.85
@@ -101,12 +101,12 @@ def test_the_split_is_by_characters_and_tokenizing_happens_once(tokenizer, priva
     path.write_text("Every effort moves you. " * 10, encoding="utf-8")
     first = corpus.load_corpus(str(path), tokenizer, 0.75)
     text = path.read_text()
-    assert first.tokenizer.decode(first.train.tolist()) == text[: int(0.75 * len(text))]
-    assert first.tokenizer.decode(first.val.tolist()) == text[int(0.75 * len(text)) :]
+    assert first.tokenizer.decode(first.train[:].tolist()) == text[: int(0.75 * len(text))]
+    assert first.tokenizer.decode(first.val[:].tolist()) == text[int(0.75 * len(text)) :]
     monkeypatch.setattr(corpus, "_write_tokens", lambda *_: pytest.fail("tokenized again"))
     again = corpus.load_corpus(str(path), tokenizer, 0.75)
-    np.testing.assert_array_equal(again.train, first.train)
-    assert isinstance(again.train, np.memmap)
+    np.testing.assert_array_equal(again.train[:], first.train[:])
+    assert isinstance(again.train[:], np.memmap)
 
 
 def test_a_folder_of_texts_is_joined_by_the_end_of_text_token(private_cache, tmp_path):
@@ -114,20 +114,21 @@ def test_a_folder_of_texts_is_joined_by_the_end_of_text_token(private_cache, tmp
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.txt").write_text("two")
     data = corpus.load_corpus(str(tmp_path), "gpt2", 0.99)
-    assert data.tokenizer.decode([*data.train, *data.val]).startswith("one<|endoftext|>tw")
+    assert data.tokenizer.decode([*data.train[:], *data.val[:]]).startswith("one<|endoftext|>tw")
 
 
 def test_a_folder_of_token_files_is_used_as_it_is(private_cache, tmp_path):
     for name in ("train", "val"):
         TOKENS.tofile(tmp_path / f"{name}.bin")
     data = corpus.load_corpus(str(tmp_path), "gpt2", 0.9)
-    np.testing.assert_array_equal(data.train, TOKENS)
+    np.testing.assert_array_equal(data.train[:], TOKENS)
     assert not private_cache.exists()
     with pytest.raises(ValueError, match="--tokenizer gpt2"):
         corpus.load_corpus(str(tmp_path), "char", 0.9)
     np.array([50257], np.uint16).tofile(tmp_path / "val.bin")
-    with pytest.raises(ValueError, match=r"val\.bin has the token id 50257"):
-        corpus.load_corpus(str(tmp_path), "gpt2", 0.9)
+    data = corpus.load_corpus(str(tmp_path), "gpt2", 0.9)
+    with pytest.raises(ValueError, match=r"val\.bin has the token id 50257 at token 0 \(byte 0\)"):
+        _ = data.val[:]
     (tmp_path / "val.bin").unlink()
     with pytest.raises(ValueError, match=r"val\.bin is missing"):
         corpus.load_corpus(str(tmp_path), "gpt2", 0.9)

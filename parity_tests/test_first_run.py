@@ -22,7 +22,7 @@ def test_the_default_run_learns_english(tmp_path, monkeypatch, private_cache, ca
     assert last["val/loss"] < 1.6
 
     corpus = load_corpus("pydoc", "char", 0.9)
-    english = set(re.findall(r"[a-z]+", corpus.tokenizer.decode([*corpus.train, *corpus.val]).lower()))
+    english = set(re.findall(r"[a-z]+", corpus.tokenizer.decode([*corpus.train[:], *corpus.val[:]]).lower()))
     sample = re.split(r"--- step \d+ ---\n", (tmp_path / "run" / "samples.txt").read_text())[-1]
     words = re.findall(r"[a-z]+", sample.lower())[:-1]  # the last one is cut off
     assert len(words) > 8

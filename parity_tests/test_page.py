@@ -6,7 +6,6 @@ import time
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, Browser
 
 from flaxgpt.errors import InputError
 from flaxgpt.interpret import page
@@ -38,15 +37,6 @@ def inspection():
     weights_LNTS = np.tril(rng.uniform(size=(L, N, T, T)) ** 3)
     weights_LNTS /= weights_LNTS.sum(-1, keepdims=True)
     return Inspection(ids_T, labels, logits_MTV[-1], lens, weights_LNTS.astype(np.float32))
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not CHROMIUM:
-        pytest.skip("no chromium, chromium-browser or google-chrome is installed")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
 
 
 @pytest.fixture

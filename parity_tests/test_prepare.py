@@ -230,7 +230,7 @@ def test_files_with_the_header_of_llm_c_are_read(tmp_path):
     write("fineweb_val_000000.bin")
     corpus = load_corpus(str(tmp_path), "gpt2", 0.9)
     assert corpus.train[:].tolist() == [*range(50), *range(50)]
-    assert corpus.val.tolist() == [*range(50)]
+    assert corpus.val[:].tolist() == [*range(50)]
     write("fineweb_val_000000.bin", count=60)
     with pytest.raises(InputError, match=r"val_000000\.bin has 1124 bytes: its header promises 60 tokens, 1144"):
         load_corpus(str(tmp_path), "gpt2", 0.9)
@@ -240,22 +240,23 @@ def test_files_with_the_header_of_llm_c_are_read(tmp_path):
     tokens[30] = 50300
     write("fineweb_val_000000.bin")
     with pytest.raises(InputError, match=r"val_000000\.bin has the token id 50300 at token 30 \(byte 1084\)"):
-        load_corpus(str(tmp_path), "gpt2", 0.9)
+        _ = load_corpus(str(tmp_path), "gpt2", 0.9).val[20:40]
 
 
-def test_a_prepared_folder_is_not_read_when_a_run_starts_and_one_that_has_changed_is(source, tmp_path, monkeypatch):
+def test_ids_of_a_prepared_folder_are_known_and_those_of_another_are_checked_where_they_are_read(source, tmp_path, monkeypatch):
     prepare(Documents([source]), tmp_path / "out", LAYOUT)
     checked = []
-    monkeypatch.setattr(token_files, "check_ids", lambda tokens, vocab_size, path: checked.append(path.name))
+    original = token_files.Checked
+    monkeypatch.setattr(token_files, "Checked", lambda tokens, size, path: checked.append(path.name) or original(tokens, size, path))
     load_corpus(str(tmp_path / "out"), "gpt2", 0.9)
     assert not checked
     with (tmp_path / "out" / "train-00001.bin").open("ab") as file:
         file.write(b"\xff\xff")
-    load_corpus(str(tmp_path / "out"), "gpt2", 0.9)
+    corpus = load_corpus(str(tmp_path / "out"), "gpt2", 0.9)
     assert checked == ["train-00001.bin"]
-    monkeypatch.undo()
+    assert len(corpus.train[:300]) == 300
     with pytest.raises(InputError, match=r"train-00001\.bin has the token id 65535 at token 150 \(byte 300\)"):
-        load_corpus(str(tmp_path / "out"), "gpt2", 0.9)
+        _ = corpus.train[290:310]
     with (tmp_path / "out" / "train-00001.bin").open("ab") as file:
         file.write(b"\xff")
     with pytest.raises(InputError, match=r"train-00001\.bin.*303 bytes, an odd number"):

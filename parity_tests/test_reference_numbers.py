@@ -100,7 +100,7 @@ def test_the_data_of_the_published_run(verdict):
     tokenizer = get_tokenizer("gpt2")
     assert (len(verdict), len(tokenizer.encode(verdict))) == (20479, 5145)
     corpus = load_corpus("the-verdict", "gpt2", 0.9)
-    assert tokenizer.decode(corpus.train.tolist()) == verdict[: int(0.9 * 20479)]
+    assert tokenizer.decode(corpus.train[:].tolist()) == verdict[: int(0.9 * 20479)]
     train_loader, val_loader = create_dataloaders(corpus.train, corpus.val, VERDICT)
     assert [tuple(inputs.shape) for inputs, _ in train_loader] == [(2, 256)] * 9
     assert [tuple(inputs.shape) for inputs, _ in val_loader] == [(2, 256)]

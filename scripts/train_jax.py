@@ -4,12 +4,13 @@ Examples:
   train_jax.py --preset shakespeare-char
   train_jax.py --data my.txt --out-dir runs/mine --max-steps 3000
   train_jax.py --out-dir runs/mine --resume --max-steps 5000
+  train_jax.py --data my.txt --out-dir runs/watched --tensorboard --wandb my-project --profile 10:13
   train_jax.py --init-from gpt2 --data my.txt --context-length 256 --learning-rate 5e-5 --min-learning-rate 5e-6 --out-dir runs/tuned
 """
 
 import sys
 
-from flaxgpt.run.cli import one_line_errors, parse_train, sample_command
+from flaxgpt.run.cli import one_line_errors, parse_train, parse_updates, sample_command
 from flaxgpt.run.process import keep_memory_and_programs
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     """Parse the flags, load the data, train, say how to go on."""
     keep_memory_and_programs()
     args = parse_train(__doc__)
+    profile = None if args.profile is None else parse_updates(args.profile)
 
     from flaxgpt.checkpoint import load_params
     from flaxgpt.convert.params import cropped
@@ -34,7 +36,7 @@ def main() -> None:
     if args.source:
         params = cropped(load_params(args.source) if args.source.params is None else args.source.params, cfg.model)
     with RunLog(args.out_dir, init_from=args.source and str(args.source.path.absolute())) as log:
-        train(cfg, corpus, log, resume=resume, params=params)
+        train(cfg, corpus, log, resume=resume, params=params, profile=profile)
         log.summary(sample_command(args.out_dir))
     if log.stop.signal is not None:
         print("stopped early: the same command with --resume goes on from here")

@@ -20,6 +20,8 @@ def main() -> None:
     args = parse_train(__doc__)
     if args.resume:
         raise InputError("the reference can't resume: its random generator depends on all that was drawn before; train_jax.py can")
+    if args.profile:
+        raise InputError("--profile is of JAX's profiler: train_jax.py has it")
     run, model = args.config, args.config.model
     if run.grad_accum_steps == "auto":
         raise InputError("grad_accum_steps=auto is found by compiling, in train_jax.py: pass a number")

@@ -44,19 +44,26 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, weights: Mapping[str
         model.load_state_dict(to_tensors(dict(weights)))
     optimizer, schedule = make_optimizer(model, cfg), make_schedule(cfg)
 
-    log.begin(cfg, corpus, 0, n_params=sum(p.numel() for p in model.parameters()), devices="1 x cpu (torch)")
-    for step, batch in zip(range(cfg.max_steps), batches, strict=False):
-        loss, grad_norm = train_step(model, optimizer, batch, step, cfg)
+    peak_flops = cfg.peak_tflops and cfg.peak_tflops * 1e12
+    log.begin(cfg, corpus, 0, n_params=sum(p.numel() for p in model.parameters()), devices="1 x cpu (torch)", peak_flops=peak_flops)
+    for step in range(cfg.max_steps):
+        with log.timed("data"):
+            batch = next(batches)
+        with log.timed("compute"):
+            loss, grad_norm = train_step(model, optimizer, batch, step, cfg)
         check_loss(step, loss, grad_norm)
         log.update(step, loss, grad_norm, schedule(step))
         last = step == cfg.max_steps - 1 or log.stop.requested
         saves = last or (step + 1) % cfg.checkpoint_every == 0
         evaluates = last or step % cfg.eval_every == 0
         if saves:
-            save_model(model, log.out_dir / CHECKPOINTS / TORCH_WEIGHTS)
+            with log.timed("checkpoint"):
+                save_model(model, log.out_dir / CHECKPOINTS / TORCH_WEIGHTS)
         if evaluates:
-            train_loss, val_loss = evaluate_model(model, train_loader, val_loader, cfg)
-            log.evaluation(step, train_loss, val_loss, make_sample(model, cfg, corpus.tokenizer))
+            with log.timed("evaluation"):
+                train_loss, val_loss = evaluate_model(model, train_loader, val_loader, cfg)
+                text = make_sample(model, cfg, corpus.tokenizer)
+            log.evaluation(step, train_loss, val_loss, text)
         if last:
             break
     return model

@@ -76,7 +76,11 @@ def prepare(
         InputError: the folder is there or can't be written, OUT.part is of other documents or another layout, a document can't be read,
             or all of the text is one chunk, so that a split would be empty.
     """
-    if out.exists():
+    try:
+        there = out.exists()
+    except OSError as error:  # its name is too long
+        raise InputError(f"choose another --out-dir ({error.strerror}): {out}") from None
+    if there:
         raise InputError(f"{out} is there already: choose another folder, or delete it")
     if processes < 1:
         raise InputError(f"processes={processes}: expected at least 1")

@@ -18,10 +18,29 @@ _MAGIC, _HEADER_BYTES = 20240520, 1024
 _CHECKED_AT_A_TIME = 2**22
 
 
-class Shards:
-    """Several arrays of tokens as one, of which slices are read. Nothing is copied before."""
+class Checked:
+    """The tokens of a file, of which slices are read; each is checked then, so that nothing needs to be read before."""
 
-    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+    def __init__(self, tokens: np.ndarray, vocab_size: int, path: Path) -> None:
+        self._tokens, self._vocab_size, self._path = tokens, vocab_size, path
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Raises InputError for an id outside the vocabulary; it says where."""
+        found = self._tokens[part]
+        if len(found) and found.max() >= self._vocab_size:
+            at = range(len(self))[part][int(np.argmax(found >= self._vocab_size))]
+            where = f"at token {at} (byte {getattr(self._tokens, 'offset', 0) + 2 * at})"
+            raise InputError(f"{self._path} has the token id {self._tokens[at]} {where}, outside the vocabulary of {self._vocab_size}")
+        return found
+
+
+class Shards:
+    """Several files of tokens as one, of which slices are read. Nothing is copied before."""
+
+    def __init__(self, shards: Sequence[np.ndarray | Checked]) -> None:
         self._shards = shards
         self._starts = np.cumsum([0, *map(len, shards)]).tolist()
 
@@ -41,28 +60,31 @@ class Shards:
         return np.concatenate(pieces)
 
 
-Tokens = np.ndarray | Shards
-"""(number of tokens,) uint16, memory-mapped."""
+Tokens = np.ndarray | Checked | Shards
+"""(number of tokens,) uint16, memory-mapped: a length, and slices."""
 
 
 def open_split(folder: Path, split: str, vocab_size: int) -> Tokens:
     """The tokens of one split: train.bin, or the shards train-*.bin or *_train_*.bin in the order of their names.
 
-    Ids are checked, by reading all of them, unless the folder's INDEX says that they were.
+    Ids are checked where they are read, unless the folder's INDEX says that they were; so this reads none.
 
     Raises:
-        InputError: there is no such file, or one that is damaged or has an id outside the vocabulary.
+        InputError: there is no such file, or one that is damaged or has an id outside the vocabulary by the INDEX.
     """
     paths = split_files(folder, split)
     if not paths:
         raise InputError(
             f"{folder / split}.bin is missing: a folder of tokens holds train.bin and val.bin, or shards (train-00000.bin ...)"
         )
-    index, shards = _read_index(folder), [open_tokens(path) for path in paths]
-    for path, tokens in zip(paths, shards, strict=True):
-        known = index.get(path.name, {})
-        if known.get("bytes") != path.stat().st_size or not known.get("largest", vocab_size) < vocab_size:
+    index, shards = _read_index(folder), []
+    for path in paths:
+        tokens, known = open_tokens(path), index.get(path.name, {})
+        if known.get("bytes") != path.stat().st_size:
+            tokens = Checked(tokens, vocab_size, path)
+        elif known["largest"] >= vocab_size:
             check_ids(tokens, vocab_size, path)
+        shards.append(tokens)
     return shards[0] if len(shards) == 1 else Shards(shards)
 
 
@@ -102,12 +124,9 @@ def check_ids(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
     Raises:
         InputError: an id is outside the vocabulary; it says where.
     """
+    checked = Checked(tokens, vocab_size, path)
     for start in range(0, len(tokens), _CHECKED_AT_A_TIME):
-        part = tokens[start : start + _CHECKED_AT_A_TIME]
-        if part.max() >= vocab_size:
-            at = start + int(np.argmax(part >= vocab_size))
-            byte = getattr(tokens, "offset", 0) + 2 * at
-            raise InputError(f"{path} has the token id {tokens[at]} at token {at} (byte {byte}), outside the vocabulary of {vocab_size}")
+        _ = checked[start : start + _CHECKED_AT_A_TIME]
 
 
 def _read_index(folder: Path) -> dict[str, dict[str, int]]:

@@ -81,6 +81,12 @@ class Target:
     chip: Chip | None
     hosts: int
 
+    def peak(self, dtype: str) -> float | None:
+        """Operations a second of all devices together in products of a dtype of `GPTConfig`, if that was published."""
+        rates = self.chip.flops if self.chip else {}
+        rate = rates.get({"bfloat16": "bf16", "float32": "f32"}.get(dtype, dtype))
+        return rate and rate * len(self.devices)
+
 
 def find_target(name: str) -> Target:
     """The target of a name: here, gpu:h100x8, tpu:v5e:4x4 and so on. It is to be called before JAX has looked for devices.

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -42,6 +43,8 @@ class TrainArgs:
     """Fine-tune this model: a run folder, a Hugging Face folder, an id on its hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl,
     distilgpt2 or any other), nanoGPT's ckpt.pt, or a state_dict of the reference (.pth, .safetensors). It brings its
     architecture; the context can be shorter. A run that is resumed does not need it."""
+    profile: str | None = None
+    """START:STOP, the updates from START up to and without STOP: let JAX's profiler write a trace of them into the run folder."""
     config: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
     source: tyro.conf.Suppress[Any] = None
     """That model, opened."""
@@ -70,6 +73,10 @@ def parse_train(description: str, args: list[str] | None = None, *, preset: str 
     with contextlib.suppress(argparse.ArgumentError):  # a flag without its value: tyro will say so
         first = peek.parse_known_args(args)[0]
     out_dir = first.out_dir or Path("runs") / f"{folder}{first.preset}"
+    try:
+        out_dir.exists()
+    except OSError as error:  # its name is too long
+        raise InputError(f"choose another --out-dir ({error.strerror}): {out_dir}") from None
     resume = first.resume and has_run(out_dir)
     config = load_config(out_dir) if resume else TrainConfig.preset(first.preset)
     init_from = start_of(out_dir) if resume else first.init_from
@@ -105,9 +112,9 @@ _FLAGS_OF_NANOGPT = {
     "device": "leave it out: JAX takes what there is, or what JAX_PLATFORMS says",
     "backend": "leave it out: JAX needs none",
     "eval_only": "leave it out: the first update is always evaluated",
-    "wandb_log": "leave it out: metrics.jsonl has all figures",
-    "wandb_project": "leave it out",
-    "wandb_run_name": "leave it out",
+    "wandb_log": "--wandb PROJECT",
+    "wandb_project": "--wandb PROJECT",
+    "wandb_run_name": "leave it out: it is the run folder's name",
 }
 """nanoGPT's name of a flag -> ours. Those that both have by the same name are not here."""
 
@@ -120,6 +127,18 @@ def _refuse_flags_of_nanogpt(args: Sequence[str]) -> None:
         raise InputError(f"these are nanoGPT's flags; here they are: {ours}")
     if args and args[0].endswith(".py"):
         raise InputError(f"{args[0]}: a config is not a file here, as nanoGPT's are, but flags on top of a --preset")
+
+
+def parse_updates(said: str) -> range:
+    """The updates that START:STOP names.
+
+    Raises:
+        InputError: it names none.
+    """
+    found = re.fullmatch(r"(\d+):(\d+)", said)
+    if not found or int(found[1]) >= int(found[2]):
+        raise InputError(f"--profile {said}: expected START:STOP, two numbers of updates, the second larger; 10:13 for instance")
+    return range(int(found[1]), int(found[2]))
 
 
 @dataclass(frozen=True)

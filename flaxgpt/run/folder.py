@@ -10,73 +10,88 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flaxgpt.config import TrainConfig
 from flaxgpt.errors import InputError
 
-if TYPE_CHECKING:  # it loads NumPy and the tokenizers, for which a script's --help need not wait
-    from flaxgpt.data.corpora import Corpus
+if TYPE_CHECKING:
+    from flaxgpt.run.watchers import Start
 
 CONFIG, TOKENIZER, DATA, SAMPLES = "config.json", "tokenizer.json", "data.json", "samples.txt"
-METRICS, METRICS_CSV, LOSS_PLOT = "metrics.jsonl", "metrics.csv", "loss.png"
+METRICS, METRICS_CSV, LOSS_PLOT, REPORT = "metrics.jsonl", "metrics.csv", "loss.png", "report.html"
 START = "init_from.txt"
 """The model that a run started from, if it did not start from random weights."""
-FILES = (CONFIG, TOKENIZER, DATA, SAMPLES, METRICS, METRICS_CSV, LOSS_PLOT, START)
-CHECKPOINTS, LOCK = "checkpoints", ".lock"
+WANDB_ID = "wandb.txt"
+"""The run's id at Weights & Biases, whose files are in a folder WANDB."""
+FILES = (CONFIG, TOKENIZER, DATA, SAMPLES, METRICS, METRICS_CSV, LOSS_PLOT, REPORT, START, WANDB_ID)
+CHECKPOINTS, TENSORBOARD, WANDB, PROFILE, LOCK = "checkpoints", "tensorboard", "wandb", "profile", ".lock"
 TORCH_WEIGHTS = "model.safetensors"
 """Name, within the checkpoints folder, of the weights that the reference saves."""
 
 Record = dict[str, float]
 """An object of metrics.jsonl, with some of the keys in COLUMNS."""
 
+PARTS = ("data", "compute", "evaluation", "checkpoint")
+"""What the loop's time goes to: making batches, updates (also waiting for them), evaluating with sampling, saving as far as it holds up."""
+
 COLUMNS = (
     *("step", "tokens", "train/batch_loss", "train/loss", "val/loss", "train/perplexity", "val/perplexity"),
-    *("learning_rate", "grad_norm", "tokens_per_second", "seconds", "skipped"),
+    *("learning_rate", "grad_norm", "tokens_per_second", "mfu", "seconds", *(f"seconds/{part}" for part in PARTS), "skipped"),
 )
 """Columns of metrics.csv, and the keys that an object of metrics.jsonl may have.
 
 `step` counts updates from 0 and the values are those after it; `tokens` is all that was trained on so far.
 A log line has train/batch_loss (that update's own batch, dropout on), learning_rate, grad_norm (before clipping),
-tokens_per_second (since the last log line), seconds (since the start of this process's training) and, where updates were skipped
-because they were not finite, how many until then. An evaluation has the losses, in nats per token, and perplexities of both splits.
+tokens_per_second (since the last log line or evaluation), mfu (what share of the devices' peak that is, where it is known), seconds (since
+the start of this process's training), seconds/data and seconds/compute (since the last log line) and, where updates were skipped
+because they were not finite, how many until then. An evaluation has the losses, in nats per token, and perplexities of both splits,
+seconds, seconds/evaluation (its own) and seconds/checkpoint (since the last evaluation).
 """
 
 
 class RunFolder:
-    """What a run has on disk, but for its checkpoints: `begin` writes the first files, each `add_` the next part of one."""
+    """What a run has on disk, but for its checkpoints and pictures. A `flaxgpt.run.watchers.Watcher`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[Record] = []
 
-    def begin(self, cfg: TrainConfig, corpus: Corpus, step: int, *, resume: bool, init_from: str | None) -> None:
-        """Make the folder. A new run deletes what is in it, one that is resumed only the records from `step` on."""
+    def begin(self, start: Start) -> None:
+        """Make the folder. A new run deletes what is in it, one that is resumed only the records from its first update on."""
         self.path.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+        if not start.resume:
+            for name in (CHECKPOINTS, TENSORBOARD, WANDB, PROFILE):
+                shutil.rmtree(self.path / name, ignore_errors=True)
             for name in FILES:
                 (self.path / name).unlink(missing_ok=True)
-        if init_from:
-            self._write(START, init_from)
-        self._write(CONFIG, json.dumps(cfg.to_dict(), indent=2) + "\n")
-        self._write(TOKENIZER, json.dumps(corpus.tokenizer.to_dict()) + "\n")
-        self._write(DATA, corpus.fingerprint())
-        self.records = [record for record in read_metrics(self.path) if record["step"] < step]
+        if start.init_from:
+            self._write(START, start.init_from)
+        self._write(CONFIG, json.dumps(start.cfg.to_dict(), indent=2) + "\n")
+        self._write(TOKENIZER, json.dumps(start.corpus.tokenizer.to_dict()) + "\n")
+        self._write(DATA, start.corpus.fingerprint())
+        self.records = [record for record in read_metrics(self.path) if record["step"] < start.step]
         self._write(METRICS, "".join(json.dumps(record) + "\n" for record in self.records))
-        samples = re.split(r"^(?=--- step \d+ ---$)", read_text(self.path / SAMPLES) or "", flags=re.MULTILINE)
-        self._write(SAMPLES, "".join(text for text in samples if text and int(text.split()[2]) < step))
+        self._write(SAMPLES, "".join(_sample(step, text) for step, text in self.samples() if step < start.step))
 
-    def add_record(self, record: Record) -> None:
+    def record(self, record: Record) -> None:
         """The next line of metrics.jsonl."""
         self.records.append(record)
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def add_sample(self, step: int, sample: str) -> None:
+    def sample(self, step: int, text: str) -> None:
         """The next part of samples.txt."""
         with (self.path / SAMPLES).open("a", encoding="utf-8") as file:
-            file.write(f"--- step {step} ---\n{sample}\n\n")
+            file.write(_sample(step, text))
+
+    def samples(self) -> list[tuple[int, str]]:
+        """What is in samples.txt: after which update, and the text."""
+        _, *parts = re.split(r"^--- step (\d+) ---\n", read_text(self.path / SAMPLES) or "", flags=re.MULTILINE)
+        return [(int(step), text.removesuffix("\n\n")) for step, text in zip(parts[::2], parts[1::2], strict=True)]
+
+    def close(self) -> None:
+        """All is written."""
 
     def write_csv(self) -> None:
         """Write metrics.csv anew from all records; a log line and an evaluation of the same update share a row."""
@@ -91,6 +106,16 @@ class RunFolder:
 
     def _write(self, name: str, text: str) -> None:
         write_text(self.path / name, text)
+
+
+def _sample(step: int, text: str) -> str:
+    return f"--- step {step} ---\n{text}\n\n"
+
+
+def flat(cfg: TrainConfig) -> dict[str, Any]:
+    """The fields by name, those of the model as model.name."""
+    fields = cfg.to_dict()
+    return {f"model.{name}": value for name, value in fields.pop("model").items()} | fields
 
 
 def load_config(folder: Path) -> TrainConfig:
@@ -130,7 +155,7 @@ def read_metrics(folder: Path) -> list[Record]:
 
 def why_not_written(error: BaseException) -> str | None:
     """Why the file system refused to write, if an error (of Python, or of Orbax, which only has it in its text) says so."""
-    numbers = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
+    numbers = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG
     if isinstance(error, InputError):
         return None
     return next((reason for reason in map(os.strerror, numbers) if reason in str(error)), None)

@@ -7,44 +7,42 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flaxgpt.config import TrainConfig
-from flaxgpt.run.folder import CHECKPOINTS, LOSS_PLOT, METRICS, METRICS_CSV, SAMPLES, Record
+from flaxgpt.run.folder import CHECKPOINTS, LOSS_PLOT, METRICS, METRICS_CSV, REPORT, SAMPLES, Record
+from flaxgpt.run.watchers import Start
 
 
 class Terminal:
-    """Prints what a run's log hands it, and computes nothing: `begin` first, `close` at the end, whatever ended the run."""
+    """Prints what a run's log hands it, and computes nothing. A `flaxgpt.run.watchers.Watcher`, and more that it alone is told."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
 
-    def begin(self, cfg: TrainConfig, folder: Path, step: int, *, n_params: int, devices: str, prompt_length: int) -> None:
+    def begin(self, start: Start) -> None:
         """The first line: what is trained, on what, from which update on, and where it goes."""
-        self._max_steps = cfg.max_steps
+        cfg, self._max_steps = start.cfg, start.cfg.max_steps
+        if start.resume and start.step == 0:
+            self._console.print("there is no checkpoint yet, so the run begins again from its start")
         self._console.print(
-            f"{n_params:,} parameters on {devices}; {cfg.data}, {cfg.tokenizer} tokens, {cfg.tokens_per_step:,} an update; "
-            f"updates {step} to {cfg.max_steps - 1} -> {folder}",
+            f"{start.n_params:,} parameters on {start.devices}; {cfg.data}, {cfg.tokenizer} tokens, {cfg.tokens_per_step:,} an update; "
+            f"updates {start.step} to {cfg.max_steps - 1} -> {start.folder}",
             markup=False,
         )
-        if prompt_length > cfg.model.context_length:
+        if (prompt_length := len(start.corpus.tokenizer.encode(cfg.prompt))) > cfg.model.context_length:
             self._console.print(f"the prompt of the samples has {prompt_length} tokens; the model sees the last {cfg.model.context_length}")
         if self._console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("compiling", total=cfg.max_steps, completed=step)
+            self._task = self._bar.add_task("compiling", total=cfg.max_steps, completed=start.step)
             self._bar.start()
 
-    def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float, *, logged: bool) -> None:
+    def update(self, step: int, loss: float, tokens_per_second: float, mfu: float | None, seconds_left: float, *, logged: bool) -> None:
         """Move the bar; where there is none, print a line for an update that is logged."""
-        numbers = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
+        numbers = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s" + (f"  {mfu:.1%} MFU" if mfu else "")
         if self._bar:
             self._bar.update(self._task, completed=step + 1, description=numbers)
         elif logged:
             self._console.print(f"step {step:>6}/{self._max_steps}  {numbers}  {seconds_left:,.0f} s left")
-
-    def begins_again(self) -> None:
-        """Said of a run to be resumed that has no checkpoint."""
-        self._console.print("there is no checkpoint yet, so the run begins again from its start")
 
     def skipped(self, step: int, loss: float, grad_norm: float) -> None:
         """An update that was not made."""
@@ -54,24 +52,33 @@ class Terminal:
         """Answer to a request to stop."""
         self._console.print("stopping after this update; press Ctrl-C again to stop at once")
 
-    def evaluation(self, record: Record, sample: str) -> None:
-        """The losses of an evaluation, and the sample if there is one."""
-        self._console.print(
-            f"evaluation at step {record['step']}: train loss {record['train/loss']:.3f}, val loss {record['val/loss']:.3f}, "
-            f"val perplexity {record['val/perplexity']:,.1f}",
-            style="bold",
-        )
-        if sample:
-            self._console.print("    " + " ".join(sample.split()), markup=False)
+    def record(self, record: Record) -> None:
+        """The losses of an evaluation."""
+        if "val/loss" in record:
+            self._console.print(
+                f"evaluation at step {record['step']}: train loss {record['train/loss']:.3f}, val loss {record['val/loss']:.3f}, "
+                f"val perplexity {record['val/perplexity']:,.1f}",
+                style="bold",
+            )
 
-    def summary(self, last: Record, folder: Path, command: str) -> None:
-        """What the last evaluation found, where everything is, and the command that samples from it."""
+    def sample(self, step: int, text: str) -> None:
+        """In one line."""
+        self._console.print("    " + " ".join(text.split()), markup=False)
+
+    def profiled(self, trace: Path) -> None:
+        """Where a trace is, and what opens it."""
+        self._console.print(f"profile: {trace} (for https://ui.perfetto.dev; or xprof {trace.parents[3]})", markup=False)
+
+    def summary(self, last: Record, seconds: dict[str, float], folder: Path, command: str) -> None:
+        """What the last evaluation found, what the time went to, where everything is, and the command that samples from it."""
         self.close()
+        whole = sum(seconds.values()) or 1.0
         table = {
             "step": f"{last['step']} ({last['tokens']:,} tokens, {last['seconds']:,.0f} s)",
             "train": f"loss {last['train/loss']:.3f}, perplexity {last['train/perplexity']:,.1f}",
             "validation": f"loss {last['val/loss']:.3f}, perplexity {last['val/perplexity']:,.1f}",
-            "files": f"{folder}/: {LOSS_PLOT}, {METRICS_CSV}, {METRICS}, {SAMPLES}, {CHECKPOINTS}/",
+            "time": ", ".join(f"{part} {spent:,.1f} s ({spent / whole:.0%})" for part, spent in seconds.items()),
+            "files": f"{folder}/: {REPORT}, {LOSS_PLOT}, {METRICS_CSV}, {METRICS}, {SAMPLES}, {CHECKPOINTS}/",
             "sample": command,
         }
         self._console.print("\n".join(f"{name + ':':<12}{value}" for name, value in table.items()), markup=False)

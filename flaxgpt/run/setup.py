@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from flaxgpt.config import TrainConfig
 from flaxgpt.data.corpora import Corpus, load_corpus
 from flaxgpt.data.tokenizer import load_tokenizer
 from flaxgpt.data.windows import split_windows
 from flaxgpt.errors import InputError
-from flaxgpt.run.folder import CHECKPOINTS, DATA, TOKENIZER, TORCH_WEIGHTS, load_config, read_text
+from flaxgpt.run.folder import CHECKPOINTS, DATA, TOKENIZER, TORCH_WEIGHTS, flat, load_config, read_text
+from flaxgpt.run.watchers import check_installed
 
 CHANGEABLE = (
     "max_steps",
@@ -25,6 +25,9 @@ CHANGEABLE = (
     "skip_nonfinite",
     "prompt",
     "sample_tokens",
+    "tensorboard",
+    "wandb",
+    "peak_tflops",
     "grad_accum_steps",
     "fsdp",
     "tensor",
@@ -50,8 +53,10 @@ def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite:
         of the schedule, the prompt) is written out, so that a resumed run has the same.
 
     Raises:
-        InputError: see `check_out_dir`, `load_corpus` and `split_windows`; or the run to resume had another config or other data.
+        InputError: see `check_installed`, `check_out_dir`, `load_corpus` and `split_windows`; or the run to resume had another
+            config or other data.
     """
+    check_installed(cfg)
     check_out_dir(out_dir, resume=resume, overwrite=overwrite)
     corpus = load_corpus(cfg.data, cfg.tokenizer, cfg.train_ratio)
     split_windows(corpus.train, cfg, "training")
@@ -61,10 +66,11 @@ def prepare(cfg: TrainConfig, out_dir: Path, *, resume: bool = False, overwrite:
     corpus.tokenizer.encode(cfg.prompt)
     cfg.check_vocabulary()
     if resume:
-        saved, new = (_flat(config) for config in (load_config(out_dir), cfg))
+        saved, new = (flat(config) for config in (load_config(out_dir), cfg))
         if changed := [name for name in saved if saved[name] != new[name] and name not in CHANGEABLE]:
             raise InputError(f"--resume can't change {', '.join(changed)}; start another run with another --out-dir")
-        if load_tokenizer(out_dir / TOKENIZER).to_dict() != corpus.tokenizer.to_dict() or read_text(out_dir / DATA) != corpus.fingerprint():
+        same_data = any(read_text(out_dir / DATA) == corpus.fingerprint(scattered=scattered) for scattered in (False, True))
+        if load_tokenizer(out_dir / TOKENIZER).to_dict() != corpus.tokenizer.to_dict() or not same_data:
             raise InputError(f"--resume: the text of {cfg.data} is not the one that {out_dir} was trained on")
     return cfg, corpus
 
@@ -91,12 +97,6 @@ def check_out_dir(out_dir: Path, *, resume: bool, overwrite: bool) -> None:
         if not overwrite:
             raise InputError(f"{out_dir} exists: pass --resume to go on with it, --overwrite to delete it, or another --out-dir")
         load_config(out_dir)  # what is not a run folder is not for us to delete
-
-
-def _flat(cfg: TrainConfig) -> dict[str, Any]:
-    """The fields by name, those of the model as model.name."""
-    fields = cfg.to_dict()
-    return {f"model.{name}": value for name, value in fields.pop("model").items()} | fields
 
 
 def _opening_words(corpus: Corpus) -> str:
