@@ -86,6 +86,7 @@ def train(
             raise InputError(f"{log.out_dir} has made its {start} updates: pass a larger --max-steps to go on")
         tracer.check(range(start, cfg.max_steps))
         log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=devices, resume=resume, peak_flops=peak_flops)
+        log.compiling()
         unreported: tuple[int, Metrics] | None = None
         saved_at, in_a_row = time.monotonic(), 0
 

@@ -22,6 +22,9 @@ from flaxgpt.run.signals import StopRequest
 from flaxgpt.run.throughput import Stopwatch, flops_per_token, spent
 from flaxgpt.run.watchers import Start, Watcher, make_watchers
 
+DRAW_SECONDS = 15
+"""Pictures are drawn anew no sooner than this after the last time, but at the end: it takes as long as twenty small updates."""
+
 
 class RunLog:
     """`begin` once, `update` after every update, `evaluation` where there is one; `summary` when all is done.
@@ -41,7 +44,7 @@ class RunLog:
         self.out_dir, self.stop, self.timed = out_dir, StopRequest(), Stopwatch()
         self._folder, self._terminal, self._lock = RunFolder(out_dir), Terminal(), None
         self._watchers: list[Watcher] = [self._folder, self._terminal]
-        self._drawn = True
+        self._drawn, self._drawn_at = True, -math.inf
 
     def __enter__(self) -> Self:
         if self.out_dir.is_dir():
@@ -102,6 +105,10 @@ class RunLog:
         for watcher in self._watchers:
             watcher.begin(start)
 
+    def compiling(self) -> None:
+        """Report that the first update is being compiled."""
+        self._terminal.compiling()
+
     def update(self, step: int, loss: float, grad_norm: float, learning_rate: float, *, skipped: int = 0) -> None:
         """Report an update; every `log_every`-th and the last one are recorded.
 
@@ -135,7 +142,7 @@ class RunLog:
         self._terminal.skipped(step, loss, grad_norm)
 
     def evaluation(self, step: int, train_loss: float, val_loss: float, sample: str) -> None:
-        """Report an evaluation, draw the pictures anew, and show and keep the sample.
+        """Report an evaluation, draw the pictures anew now and then, and show and keep the sample.
 
         Args:
             step: the update it came after.
@@ -149,7 +156,8 @@ class RunLog:
         if sample:
             for watcher in self._watchers:
                 watcher.sample(step, sample)
-        self._draw()
+        if step == self._cfg.max_steps - 1 or time.perf_counter() - self._drawn_at >= DRAW_SECONDS:
+            self._draw()
         self._logged_step, self._logged_at = step, time.perf_counter()  # tokens_per_second is of training alone
 
     def profiled(self, trace: Path | None) -> None:
@@ -180,7 +188,7 @@ class RunLog:
         self._folder.write_csv()
         save_loss_plot(self._folder.records, self.out_dir / LOSS_PLOT, title=self.out_dir.name)
         save_report(self._folder, self._cfg, self._environment, self.out_dir / REPORT)
-        self._drawn = True
+        self._drawn, self._drawn_at = True, time.perf_counter()
 
 
 def check_loss(step: int, loss: float, grad_norm: float, where: str = "") -> None:

@@ -33,8 +33,15 @@ class Terminal:
         if self._console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
             self._bar = Progress(*columns, console=self._console)
-            self._task = self._bar.add_task("compiling", total=cfg.max_steps, completed=start.step)
+            self._task = self._bar.add_task("", total=cfg.max_steps, completed=start.step)
             self._bar.start()
+
+    def compiling(self) -> None:
+        """Why nothing moves yet."""
+        if self._bar:
+            self._bar.update(self._task, description="compiling the update")
+        else:
+            self._console.print("compiling the update (a later start finds it in the cache folder)")
 
     def update(self, step: int, loss: float, tokens_per_second: float, mfu: float | None, seconds_left: float, *, logged: bool) -> None:
         """Move the bar; where there is none, print a line for an update that is logged."""
