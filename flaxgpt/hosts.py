@@ -27,9 +27,6 @@ from flaxgpt.run.folder import LOCK, read_text
 
 Value = TypeVar("Value")
 
-HEARTBEAT_SECONDS = 30
-"""A process that has not been heard of for so long is dead, and the others end."""
-
 _FAILED, _PATIENCE_MS = "flaxgpt/failed", 24 * 3600 * 1000
 _PEER_LOST = re.compile("gloo|nccl|connection|socket|unavailable", re.IGNORECASE)
 _numbers = itertools.count()  # of what is shared and of barriers, which every process comes to in the same order
@@ -58,7 +55,7 @@ def together(processes: Processes) -> Iterator[None]:
     watch.start()
     try:
         yield
-        barrier()  # JAX's own, when a process exits, waits for no longer than a heartbeat
+        barrier()  # JAX's own, when a process exits, waits for no longer than `heartbeat_timeout`
     except InputError as error:
         _fail(2, f"error: process {jax.process_index()}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
@@ -118,7 +115,7 @@ def check_same(**values: object) -> None:
 def check_shared(folder: Path) -> None:
     """InputError in a process that does not see the run folder that the first has locked."""
     lock = of_first(lambda: read_text(folder / LOCK))
-    late = time.monotonic() + HEARTBEAT_SECONDS  # a network file system may take its time
+    late = time.monotonic() + 60  # NFS may remember for so long that a folder was not there
     while read_text(folder / LOCK) != lock:
         if time.monotonic() > late:
             raise InputError(f"{folder} is not the folder that process 0 writes: it has to be on a file system that all hosts share")
@@ -196,8 +193,8 @@ def _initialize(processes: Processes) -> None:
             processes.num_processes,
             processes.process_id,
             initialization_timeout=2 * processes.join_timeout,  # then JAX aborts; `_deadline` comes first
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=processes.heartbeat_timeout,
+            shutdown_timeout_seconds=processes.heartbeat_timeout,
         )
     except (ValueError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -239,7 +236,7 @@ def _fail(code: int, line: str) -> None:
 def _leave(code: int, line: str) -> None:
     """Say why, and exit when all do: the first process holds what the others hear it by."""
     if not _speaks.acquire(blocking=False):
-        time.sleep(HEARTBEAT_SECONDS)  # another thread is at it, and ends this one
+        time.sleep(60)  # another thread is at it, and ends this one
     with contextlib.suppress(Exception):
         print(line, file=sys.stderr, flush=True)
         _client().wait_at_barrier("flaxgpt/end", 5000)

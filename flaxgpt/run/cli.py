@@ -39,6 +39,8 @@ class Processes:
     """Which of them this is, from 0."""
     join_timeout: int = 60
     """Seconds to wait at the start until all have come."""
+    heartbeat_timeout: int = 45
+    """Seconds after which a process that has not been heard of is taken for dead, and the others end."""
 
 
 @dataclass(frozen=True)
