@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from flaxgpt.errors import InputError
 from flaxgpt.run.cli import Processes
@@ -130,19 +131,25 @@ class Agreement:
     that of the update before. A single process gets its own values, at once.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, values: int) -> None:
+        """So many values, none of them negative."""
         self._rows, everywhere = (NamedSharding(mesh, spec) for spec in (P(mesh.axis_names), P()))
-        self._largest = jax.jit(lambda rows: rows.max(0), out_shardings=everywhere)
-        self._known: jax.Array | None = None
+        if jax.process_count() > 1:
+            zeros = self._everybody(np.zeros(values))
+            self._largest = jax.jit(lambda rows: rows.max(0), out_shardings=everywhere).lower(zeros).compile()
+            barrier()  # CPUs (Gloo) give a first exchange 30 s, and another process may have been busy for longer
+            self._known = jax.block_until_ready(self._largest(zeros))
 
     def __call__(self, *values: float) -> tuple[float, ...]:
-        """The largest of each; zeros at the first call of several processes. They are not negative, and float32 in between."""
+        """The largest of each. Several processes get zeros at the first call, and everything as float32."""
         if jax.process_count() == 1:
             return values
-        known = np.zeros(len(values)) if self._known is None else np.asarray(self._known)
-        mine = np.tile(np.float32(values), (jax.local_device_count(), 1))
-        self._known = self._largest(jax.make_array_from_process_local_data(self._rows, mine))
+        known, self._known = np.asarray(self._known), self._largest(self._everybody(values))
         return tuple(known.tolist())
+
+    def _everybody(self, values: ArrayLike) -> jax.Array:
+        mine = np.tile(np.float32(values), (jax.local_device_count(), 1))
+        return jax.make_array_from_process_local_data(self._rows, mine)
 
 
 def _several(processes: Processes) -> bool:

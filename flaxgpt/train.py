@@ -68,7 +68,7 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, resume: bool = False
     train_step = sharding.within(compute_mesh, jit_train_step(cfg, optimizer, mesh))
     eval_step = sharding.within(compute_mesh, jax.jit(make_eval_step(cfg.model)))
     sample = sharding.within(mesh, make_sample)
-    agreed = hosts.Agreement(mesh)
+    agreed = hosts.Agreement(mesh, values=2)
     learning_rates = np.asarray(make_schedule(cfg)(np.arange(cfg.max_steps)))
 
     with Checkpoints(log.out_dir / CHECKPOINTS, keep=cfg.keep_checkpoints) as checkpoints:

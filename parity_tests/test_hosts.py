@@ -1,5 +1,8 @@
 """Several processes train what one does. Here they share one machine, and talk as hosts do (CPU collectives)."""
 
+import errno
+import fcntl
+import itertools
 import os
 import random
 import re
@@ -9,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,8 +25,10 @@ from flaxgpt import hosts
 from flaxgpt.checkpoint import load_run
 from flaxgpt.data.loader import eval_batches, train_batches
 from flaxgpt.data.windows import Windows
+from flaxgpt.errors import InputError
 from flaxgpt.run.cli import Processes
 from flaxgpt.run.folder import read_metrics
+from flaxgpt.run.lock import lock_folder
 from flaxgpt.run.saved import saved_steps, unfinished, verify
 from flaxgpt.run.silent import SilentLog
 from flaxgpt.sharding import make_mesh
@@ -111,8 +117,28 @@ def test_the_log_of_another_process_writes_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_run_folder_that_a_host_does_not_share_is_refused(tmp_path, monkeypatch):
+    seconds = itertools.count(step=10)
+    monkeypatch.setattr(hosts, "time", SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None))
+    monkeypatch.setattr(hosts, "of_first", lambda _: "process 7 on elsewhere")
+    (tmp_path / ".lock").write_text("process 7 on elsewhere")
+    hosts.check_shared(tmp_path)
+    (tmp_path / ".lock").write_text("process 7 on this host")
+    with pytest.raises(InputError, match="has to be on a file system that all hosts share"):
+        hosts.check_shared(tmp_path)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock_folder(tmp_path).close()
+    assert "can't be locked (No locks available): nothing keeps another run from writing it" in capsys.readouterr().err
+
+
 def test_a_single_process_agrees_with_itself_at_once():
-    agreed = hosts.Agreement(make_mesh())
+    agreed = hosts.Agreement(make_mesh(), values=2)
     assert agreed(15, 1 / 3) == (15, 1 / 3)
     assert hosts.of_first(lambda: [1]) == [1]
 
