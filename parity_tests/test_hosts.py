@@ -316,7 +316,8 @@ def test_the_death_of_a_process_ends_the_others_within_a_minute_with_a_message(t
 def test_killed_at_random_moments_processes_resume_bit_for_bit(tmp_path, n, kills):
     """A third of the kills come when a save is seen to be under way."""
     updates = 4 * kills + 8
-    flags = ("--max-steps", updates, "--eval-every", 7, "--checkpoint-every", 3, "--fsdp", n, "--resume")
+    often = ("--eval-every", 7, "--checkpoint-every", 3, "--sample-tokens", 0)
+    flags = ("--max-steps", updates, *often, "--fsdp", n, "--gather", "layer", "--resume")
     (tmp_path / "whole").mkdir()
     whole = train(n, *flags, cwd=tmp_path / "whole")
     generator, folder = random.Random(n), tmp_path / "run" / "checkpoints"
@@ -339,4 +340,3 @@ def test_killed_at_random_moments_processes_resume_bit_for_bit(tmp_path, n, kill
     run = train(n, *flags, cwd=tmp_path)
     assert_equal_bits(load_run(run).params, load_run(whole).params)
     assert without_times(run) == without_times(whole)
-    assert (run / "samples.txt").read_text() == (whole / "samples.txt").read_text()
