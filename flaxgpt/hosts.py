@@ -29,7 +29,7 @@ from flaxgpt.run.folder import LOCK, read_text
 Value = TypeVar("Value")
 
 _FAILED, _PATIENCE_MS = "flaxgpt/failed", 24 * 3600 * 1000
-_PEER_LOST = re.compile("gloo|nccl|connection|socket|unavailable", re.IGNORECASE)
+_PEER_LOST = re.compile("[A-Z_]+: .*(?i:gloo|nccl|connection|socket)")  # as UNKNOWN: Gloo AllReduce failed: ...
 _numbers = itertools.count()  # of what is shared and of barriers, which every process comes to in the same order
 _speaks = threading.Lock()  # taken by whatever ends this process, so that one line says why
 
@@ -63,7 +63,7 @@ def together(processes: Processes) -> Iterator[None]:
         _fail(130, f"process {jax.process_index()} was stopped")
     except Exception as error:
         first, *_ = [*str(error).splitlines(), type(error).__name__]
-        lost = _PEER_LOST.search(str(error))
+        lost = _PEER_LOST.match(first)
         if not lost:
             traceback.print_exc()
         said = f"lost another process ({first}): if it died, --resume goes on from the last checkpoint" if lost else f"failed: {first}"
