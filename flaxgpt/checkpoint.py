@@ -16,9 +16,10 @@ from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.convert.layout import shape_faults
 from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.errors import InputError
+from flaxgpt.hosts import is_first, of_first
 from flaxgpt.model import init_params
 from flaxgpt.run.folder import CHECKPOINTS
-from flaxgpt.run.saved import MARK, WRITING, best_step, commit, remove, report_choice, saved_steps, seal, unfinished, verify
+from flaxgpt.run.saved import MARK, WRITING, DamagedError, best_step, commit, remove, report_choice, saved_steps, seal, unfinished, verify
 from flaxgpt.run.source import Source, open_run, open_source
 from flaxgpt.state import TrainState
 from flaxgpt.types import Params
@@ -114,6 +115,9 @@ class Checkpoints:
 
     A checkpoint is written under another name, given its checksums, and renamed, and only then are older ones deleted. So
     whatever has a number and fits its checksums is whole, and what a kill leaves behind is not taken for a checkpoint.
+
+    Of several processes, each writes and reads its shards; the first does all the rest. They meet in Orbax: before a save
+    begins, by which time the first is done with the one before, and when all of it is written.
     """
 
     def __init__(self, folder: Path, keep: int | None = None) -> None:
@@ -133,13 +137,14 @@ class Checkpoints:
             OSError: what was saved before could not be written.
         """
         self._wait()
-        for leftover in unfinished(self._folder):
-            remove(leftover)
+        if is_first():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for leftover in unfinished(self._folder):
+                remove(leftover)
         step = int(state.step)
         scratch = self._folder / f"{step}{WRITING}"
         rest = (state.step, state.opt_state, state.key)
         items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(rest)}
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._orbax.save(scratch, args=ocp.args.Composite(**items), custom_metadata=MARK)
         self._saving = self._thread.submit(self._finish, scratch, step)
 
@@ -173,7 +178,8 @@ class Checkpoints:
             return
         with contextlib.closing(self._orbax), self._thread:
             self._wait()
-            self._prune()  # again, since the last evaluation came after the last save
+            if is_first():
+                self._prune()  # again, since the last evaluation came after the last save
 
     @functools.cached_property
     def _orbax(self) -> ocp.AsyncCheckpointer:
@@ -192,6 +198,8 @@ class Checkpoints:
     def _finish(self, scratch: Path, step: int) -> None:
         """In the background: give what Orbax writes its checksums and its number, then delete what it replaces."""
         self._orbax.wait_until_finished()
+        if not is_first():
+            return
         seal(scratch)
         commit(scratch, self._folder / str(step))
         for damaged in saved_steps(self._folder):
@@ -209,10 +217,12 @@ class Checkpoints:
 
     def _restore(self, **wanted: Any) -> Any:
         faults: list[str] = []
-        for step in reversed(saved_steps(self._folder)):
+        for step in of_first(lambda: saved_steps(self._folder)[::-1]):
             path = self._folder / str(step)
+            verified, fault = of_first(lambda path=path: _verified(path))
             try:
-                verified = verify(path)
+                if fault:
+                    raise DamagedError(fault)
                 items = self._restore_from(path, wanted)
             except InputError:
                 raise
@@ -221,9 +231,12 @@ class Checkpoints:
                     return self._restore(**wanted)
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 faults.append(f"the checkpoint {path} is damaged ({reason})")
+                if jax.process_count() > 1 and not fault:  # the others may have read it
+                    raise InputError(f"{faults[-1]}: flaxgpt-checkpoints deletes it") from None
             else:
                 self._at = step
-                report_choice(path, faults, verified=verified)
+                if is_first():
+                    report_choice(path, faults, verified=verified)
                 return items
         raise InputError(f"no whole checkpoint: {'; '.join(faults)}" if faults else f"no checkpoint in {self._folder}")
 
@@ -237,6 +250,14 @@ class Checkpoints:
             raise InputError(f"the checkpoint {path} does not fit this run's config.json: {'; '.join(faults)}")
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         return orbax.restore(path, args=ocp.args.Composite(**args))
+
+
+def _verified(path: Path) -> tuple[bool, str | None]:
+    """Whether a checkpoint could be verified, and what is wrong with it."""
+    try:
+        return verify(path), None
+    except (ValueError, OSError) as error:
+        return False, str(error)
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:

@@ -117,12 +117,26 @@ def batch_sharding(mesh: Mesh, rows: int) -> NamedSharding:
     return NamedSharding(mesh, ROWS if rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else P())
 
 
-def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Host arrays (B, ...) -> global device arrays, as `batch_sharding` says.
+def process_rows(mesh: Mesh, B: int) -> np.ndarray:
+    """Which rows of a batch of B lie on this process's devices, in order."""
+    slices = batch_sharding(mesh, B).addressable_devices_indices_map((B,)).values()
+    return np.unique(np.concatenate([np.arange(B)[rows] for rows in slices]))
 
-    Every host computes the same batch and hands over the rows of its own devices: nothing is sent between hosts.
+
+def shard_batch(batch: Batch, mesh: Mesh, B: int | None = None) -> Batch:
+    """Host arrays of this process's rows -> global device arrays (B, ...), as `batch_sharding` says: nothing is sent between hosts.
+
+    Args:
+        batch: the rows that `process_rows` names; in a single process those are all.
+        mesh: the devices.
+        B: how many rows there are in all processes; None: these.
     """
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, batch_sharding(mesh, len(x)), lambda index: x[index]), batch)
+
+    def place(x: np.ndarray) -> jax.Array:
+        rows = len(x) if B is None else B
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, rows), x, (rows, *x.shape[1:]))
+
+    return jax.tree.map(place, batch)
 
 
 def placed(x: jax.Array, letters: str) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxgpt import sharding
+from flaxgpt import hosts, sharding
 from flaxgpt.checkpoint import Checkpoints
 from flaxgpt.config import TrainConfig
 from flaxgpt.data.corpora import Corpus
-from flaxgpt.data.loader import batch_windows, eval_batches, train_batches
+from flaxgpt.data.loader import Batches, batch_windows, eval_batches, train_batches
 from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.errors import InputError
 from flaxgpt.generation.generate import generate
@@ -57,17 +58,21 @@ def train(
     Raises:
         InputError: the splits are too short for the config, the devices can't share its batches, what is to be found (auto) does not fit in
             memory, the attention that is asked for is impossible on these devices, the run is complete, the updates to trace are not among
-            those to come, or more losses in a row than `skip_nonfinite` are not finite.
+            those to come, or more losses in a row than `skip_nonfinite` are not finite; or the hosts don't share the run folder.
     """
     if cfg.model.dtype == "float64":
         raise InputError("dtype=float64 is for comparisons (parity_report.py, replay.py): train in float32 or bfloat16")
-    batches = train_batches(corpus.train, cfg)
     mesh, optimizer = sharding.make_mesh(cfg.fsdp, cfg.tensor), make_optimizer(cfg)
     target = present(list(mesh.devices.flat))
     asked, cfg = cfg, settle(cfg, target)
+    found = cfg.gather, cfg.grad_accum_steps
+    gather, grad_accum_steps = hosts.of_first(lambda: found)  # a host with less memory may have found others
+    cfg = cfg.replace(gather=gather, grad_accum_steps=grad_accum_steps)
     peak_flops = cfg.peak_tflops * 1e12 * mesh.size if cfg.peak_tflops else target.peak(cfg.model.dtype)
     sharding.check_batch(cfg, mesh)
-    splits = eval_batches(corpus.train, cfg, "training"), eval_batches(corpus.val, cfg, "validation")
+    rows = functools.partial(sharding.process_rows, mesh)
+    batches = train_batches(corpus.train, cfg, rows)
+    splits = eval_batches(corpus.train, cfg, "training", rows), eval_batches(corpus.val, cfg, "validation", rows)
     devices = describe_devices(cfg, mesh) + describe_choices(asked, cfg)
     template = abstract_state(cfg, optimizer)
     shardings = sharding.state_shardings(template, mesh)
@@ -75,20 +80,22 @@ def train(
     train_step = sharding.within(compute_mesh, jit_train_step(cfg, optimizer, mesh))
     eval_step = sharding.within(compute_mesh, jax.jit(make_eval_step(cfg.model)))
     sample = sharding.within(mesh, make_sample)
+    agreed = hosts.Agreement(mesh, values=2)
     learning_rates = np.asarray(make_schedule(cfg)(np.arange(cfg.max_steps)))
 
-    tracer = Tracer(profile, log.out_dir / PROFILE)
+    tracer = Tracer(profile if hosts.is_first() else None, log.out_dir / PROFILE)
     with Checkpoints(log.out_dir / CHECKPOINTS, keep=cfg.keep_checkpoints) as checkpoints, tracer:
-        goes_on = resume and checkpoints.newest is not None
+        goes_on = resume and hosts.of_first(lambda: checkpoints.newest) is not None
         state = checkpoints.restore(template, shardings) if goes_on else create_state(cfg, optimizer, mesh, params)
         start = int(state.step)
         if start >= cfg.max_steps:
             raise InputError(f"{log.out_dir} has made its {start} updates: pass a larger --max-steps to go on")
         tracer.check(range(start, cfg.max_steps))
         log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=devices, resume=resume, peak_flops=peak_flops)
+        hosts.check_shared(log.out_dir)
         log.compiling()
         unreported: tuple[int, Metrics] | None = None
-        saved_at, in_a_row = time.monotonic(), 0
+        began, saved_at, in_a_row = time.monotonic(), 0.0, 0
 
         def report(step: int, metrics: Metrics) -> None:
             """Wait for the metrics of an update, check them and hand them to the log."""
@@ -107,17 +114,19 @@ def train(
 
         for step in range(start, cfg.max_steps):
             with log.timed("data"):
-                batch = sharding.shard_batch(batches[step], mesh)
+                batch = sharding.shard_batch(batches[step], mesh, batches.B)
             with log.timed("compute"):
                 tracer.before(step, state)
                 with jax.profiler.StepTraceAnnotation("update", step_num=step):
                     state, metrics = train_step(state, batch)
                 tracer.after(step, state)
+                signal, now = agreed(log.stop.signal or 0, time.monotonic() - began)
+            log.stop.signal = int(signal) or log.stop.signal
             if unreported:
                 report(*unreported)
             unreported = step, metrics
-            last, stops = step == cfg.max_steps - 1, log.stop.requested
-            due = cfg.checkpoint_minutes is not None and time.monotonic() - saved_at >= 60 * cfg.checkpoint_minutes
+            last, stops = step == cfg.max_steps - 1, signal > 0
+            due = cfg.checkpoint_minutes is not None and now - saved_at >= 60 * cfg.checkpoint_minutes
             saves = last or stops or due or (step + 1) % cfg.checkpoint_every == 0
             evaluates = last or step % cfg.eval_every == 0
             if saves or evaluates:
@@ -126,7 +135,7 @@ def train(
             if saves:
                 with log.timed("checkpoint"):
                     checkpoints.save(state)
-                saved_at = time.monotonic()
+                saved_at = now
             if evaluates:
                 with log.timed("evaluation"):
                     train_loss, val_loss = evaluate(state.params, eval_step, splits, mesh)
@@ -143,11 +152,9 @@ def last_saved(checkpoints: Checkpoints) -> str:
     return "no checkpoint was saved" if checkpoints.newest is None else f"the last checkpoint is of {checkpoints.newest} updates"
 
 
-def evaluate(
-    params: Params, eval_step: Callable[[Params, Batch], jax.Array], splits: Sequence[Sequence[Batch]], mesh: Mesh
-) -> tuple[float, float]:
+def evaluate(params: Params, eval_step: Callable[[Params, Batch], jax.Array], splits: Sequence[Batches], mesh: Mesh) -> tuple[float, float]:
     """Training and validation loss: the mean over the batches of each split."""
-    losses = [jnp.stack([eval_step(params, sharding.shard_batch(batch, mesh)) for batch in split]).mean() for split in splits]
+    losses = [jnp.stack([eval_step(params, sharding.shard_batch(batch, mesh, split.B)) for batch in split]).mean() for split in splits]
     train_loss, val_loss = map(float, losses)
     return train_loss, val_loss
 
@@ -170,7 +177,8 @@ def describe_devices(cfg: TrainConfig, mesh: Mesh) -> str:
     device = mesh.devices.flat[0]
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     choice = choose_attention(cfg.model, cfg.model.context_length, device.platform, dropout=cfg.model.drop_rate > 0)
-    return f"{mesh.size} x {device.device_kind}{axes and f' ({axes})'}, {choice.implementation} attention ({choice.reason})"
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{mesh.size} x {device.device_kind}{processes}{axes and f' ({axes})'}, {choice.implementation} attention ({choice.reason})"
 
 
 def describe_choices(asked: TrainConfig, cfg: TrainConfig) -> str:

@@ -455,7 +455,7 @@ def test_a_share_of_memory_is_three_quarters_unless_the_environment_says_otherwi
     assert targets._fraction() == 0.9
 
 
-def test_tables_of_plans_are_read_at_80_columns_and_say_what_can_not_be_trained(capsys):
+def test_tables_of_plans_are_read_at_80_columns_and_say_that_several_hosts_are_needed(capsys):
     large = {"mesh": {"data": 256, "fsdp": 1, "tensor": 1}, "gather": "update", "batch_size": 512, "grad_accum_steps": 512, "hosts": 64}
     traffic = (Traffic("all-reduce", "gradients", "f32", "outside", 4, 1, 999.99e9),)
     plan = dataclasses.replace(
@@ -466,7 +466,7 @@ def test_tables_of_plans_are_read_at_80_columns_and_say_what_can_not_be_trained(
     assert "256x1x1" in table
     assert "999.00 GiB" in table
     assert max(map(len, table.splitlines())) <= 80, table
-    assert "the devices of 64 hosts: this can be compiled, but training on several hosts isn't supported yet" in notes
+    assert "the devices of 64 hosts: start the run on all of them (docs/hosts.md)" in notes
     report.show(small_plan(), None)
     assert "hosts" not in capsys.readouterr().out
     row = Traffic("collective-permute", "weights or gradients", "bf16", "microbatch loop", 256, 123_456, 999.99e9)

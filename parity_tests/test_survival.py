@@ -73,7 +73,7 @@ def test_a_run_folder_is_written_by_one_process_at_a_time(config, tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", program + "print('locked', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
     holder.stdout.readline()
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match=rf"run is being written by process {holder.pid} on \S+: wait for it"):
+    with pytest.raises(InputError, match=rf"run is being written by process {holder.pid} on \S+ since 20\S+ \S+ [+-]\d+: wait"):
         run_to_the_end(config, tmp_path / "run", overwrite=True)
     assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}, "it touched the run"
     holder.kill()

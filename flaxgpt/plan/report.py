@@ -113,7 +113,7 @@ def _axes(plan: Plan) -> str:
 
 
 def _hosts(plan: Plan) -> str:
-    return f"the devices of {plan.hosts} hosts: this can be compiled, but training on several hosts isn't supported yet"
+    return f"the devices of {plan.hosts} hosts: start the run on all of them (docs/hosts.md)"
 
 
 def _memory(size: float) -> str:

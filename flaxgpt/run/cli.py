@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
@@ -24,6 +24,24 @@ from flaxgpt.convert.nanogpt import MODEL_ARGS
 from flaxgpt.errors import InputError
 from flaxgpt.run.folder import has_run, load_config
 from flaxgpt.run.saved import start_of
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Several processes that train one model, with the same command in each (docs/hosts.md). What SLURM, Open MPI, Kubernetes or Cloud TPU
+    has started is found without these flags.
+    """
+
+    coordinator: str | None = None
+    """host:port at which all processes meet: a free port of the host of process 0."""
+    num_processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+    join_timeout: int = 60
+    """Seconds to wait at the start until all have come."""
+    heartbeat_timeout: int = 45
+    """Seconds after which a process that has not been heard of is taken for dead, and the others end."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +68,26 @@ class TrainArgs:
     """That model, opened."""
 
 
-def parse_train(description: str, args: list[str] | None = None, *, preset: str = "tiny", folder: str = "") -> TrainArgs:
+@dataclass(frozen=True)
+class JaxTrainArgs(TrainArgs):
+    """Which run, where it goes, and who else trains it."""
+
+    processes: tyro.conf.OmitArgPrefixes[Processes] = field(default_factory=Processes)
+
+
+Args = TypeVar("Args", bound=TrainArgs)
+
+
+def parse_train(
+    description: str, args: list[str] | None = None, *, preset: str = "tiny", folder: str = "", kind: type[Args] = TrainArgs
+) -> Args:
     """The arguments of a training script: the preset's config (with --resume, the run folder's) and the flags on top.
 
     With --init-from, the preset's model gives way to that one, which flags may shorten but not change. A run that is resumed has
     its own weights, and the source is not looked at.
 
-    Without these flags, the preset is `preset`, and the run folder `folder` and the preset's name, in runs/.
+    Without these flags, the preset is `preset`, and the run folder `folder` and the preset's name, in runs/. `kind` says which flags
+    there are.
 
     Raises:
         InputError: an unknown preset, a run folder that can't be resumed, a model that the run can't start from, or flags of nanoGPT.
@@ -86,8 +117,8 @@ def parse_train(description: str, args: list[str] | None = None, *, preset: str 
 
         source = open_source(init_from)
         config = config if resume else start_from(source, config)
-    default = TrainArgs(preset=first.preset, out_dir=out_dir, config=config)
-    parsed = tyro.cli(TrainArgs, args=args, default=default, description=description)
+    default = kind(preset=first.preset, out_dir=out_dir, config=config)
+    parsed = tyro.cli(kind, args=args, default=default, description=description)
     if source:
         check_start(source, parsed.config)
     return dataclasses.replace(parsed, source=source)
