@@ -1,0 +1,1 @@
+"""Ports that the general door (`flaxgpt.port`) is shown at."""
