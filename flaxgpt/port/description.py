@@ -9,6 +9,9 @@ import numpy as np
 
 from flaxgpt.port.suspects import distance, rounded
 
+Look = Callable[[np.ndarray, np.ndarray, float], "str | None"]
+"""(reference, port, limit) -> what the difference looks like; None where it looks otherwise. What is within the limit is equal."""
+
 AXES = {1: ("index",), 2: ("row", "feature"), 3: ("row", "position", "feature"), 4: ("row", "head", "position", "key")}
 """What the axes of an activation usually are, by their number: (B, T, D), (B, N, T, S)."""
 
@@ -83,15 +86,18 @@ def _along(a: np.ndarray, b: np.ndarray, limit: float) -> str | None:
     return None
 
 
-def _local(a: np.ndarray, b: np.ndarray, limit: float) -> str | None:
-    """Right but for a part of some axis."""
-    off = np.abs(b - a) > limit * np.sqrt((a * a).mean())
-    where = _where(off)
-    if not where:
-        return None
-    part = np.ix_(*(np.flatnonzero(off.any(tuple(i for i in range(a.ndim) if i != axis))) for axis in range(a.ndim)))
-    inner = next((look for kind in (_constant, _factor, _moved) if (look := kind(a[part], b[part], limit))), None)
-    return f"the port differs{where}" + (f"; there {inner}" if inner else "")
+def _local(largest_share: float) -> Look:
+    """Right but for a part of some axes, which is at most so large a share of all."""
+
+    def look(a: np.ndarray, b: np.ndarray, limit: float) -> str | None:
+        off = np.abs(b - a) > limit * np.sqrt((a * a).mean())
+        part = np.ix_(*(np.flatnonzero(off.any(tuple(i for i in range(a.ndim) if i != axis))) for axis in range(a.ndim)))
+        if not (where := _where(off)) or a[part].size > largest_share * a.size:
+            return None
+        inner = next((found for kind in (_constant, _factor, _moved) if (found := kind(a[part], b[part], limit))), None)
+        return f"the port differs{where}" + (f"; there {inner}" if inner else "")
+
+    return look
 
 
 def _precision(a: np.ndarray, b: np.ndarray, limit: float) -> str | None:
@@ -107,7 +113,7 @@ def _precision(a: np.ndarray, b: np.ndarray, limit: float) -> str | None:
     return None
 
 
-LOOKS: tuple[Callable[[np.ndarray, np.ndarray, float], str | None], ...] = (_constant, _factor, _moved, _local, _along, _precision)
+LOOKS = (_constant, _factor, _moved, _local(1 / 2), _along, _local(1), _precision)
 
 
 def _where(off: np.ndarray) -> str:

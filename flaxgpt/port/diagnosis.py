@@ -38,9 +38,7 @@ class Diagnosis:
         """For a person to read: the place; then the cause, or the look where there is none."""
         if self.cause is None:
             return [self.where, f"none of the usual suspects explains it; {self.look}"]
-        changes = "; ".join(
-            f"{change.option}: {change.port} in the port, {change.reference} in the reference" for change in self.cause.changes
-        )
+        changes = "; ".join(f"{option}: {port} in the port, {reference} in the reference" for option, port, reference in self.cause.changes)
         article = "an" if self.cause.family[0] in "aeiou" else "a"
         return [self.where, f"{changes} ({article} {self.cause.family} so computed agrees with the port to {self.cause.agreement:.0e})"]
 
@@ -125,18 +123,14 @@ def _inside(name: str, reference: Recording, port: Recording, parameters: Tensor
     whole = "." not in name and name.startswith("<")
     inner = [other for other in reference.outputs if other != name and (whole or other.startswith(f"{name}."))]
     if not inner:
-        weights = {key.rpartition(".")[2]: _exact(value) for key, value in parameters.items() if key.rpartition(".")[0] == name}
         sources = {f"{name}'s input {i}": _exact(x) for i, x in enumerate(reference.inputs.get(name, ()))}
         if sources:
-            yield {"sources": sources, "weights": weights}
+            yield {"sources": sources, "weights": _weights(name, parameters)}
         return
     yield from _between("" if whole else name, inner, reference, port)
     for other in reversed(inner[-3:]):
         yield {"sources": {other: _exact(reference.outputs[other])}}
-    last, weights = (
-        inner[-1],
-        {key.rpartition(".")[2]: _exact(value) for key, value in parameters.items() if key.rpartition(".")[0] == inner[-1]},
-    )
+    last, weights = inner[-1], _weights(inner[-1], parameters)
     if not any(other in port.outputs for other in inner) and "weight" in weights and np.ndim(weights["weight"]) == 2:
         # the port has no place inside: all but the last linear layer is looked for, which is then applied
         w, b = weights["weight"], weights.get("bias", 0)
@@ -145,14 +139,18 @@ def _inside(name: str, reference: Recording, port: Recording, parameters: Tensor
             yield place | {"inner": shape, "after": lambda x: x @ (w.T if w.shape[1] == x.shape[-1] else w) + b}
 
 
+def _weights(name: str, parameters: Tensors) -> Tensors:
+    """A module's own parameters."""
+    return {key.rpartition(".")[2]: _exact(value) for key, value in parameters.items() if key.rpartition(".")[0] == name}
+
+
 def _between(outer: str, names: list[str], reference: Recording, port: Recording) -> Iterator[dict[str, object]]:
     """First what both sides have recorded, then what the reference has. What goes into modules comes before what comes out of them."""
     names = [name for name in names if not outer or name.startswith(f"{outer}.")]
     for chosen in ([name for name in names if name in port.outputs], names):
         called = [outer, *chosen] if outer in reference.inputs else chosen
-        arrays = {f"{name}'s input": x[0] for name in called if (x := reference.inputs.get(name))} | {
-            x: reference.outputs[x] for x in chosen
-        }
+        arrays = {f"{name}'s input": x[0] for name in called if (x := reference.inputs.get(name))}
+        arrays |= {name: reference.outputs[name] for name in chosen}
         different: dict[str, np.ndarray] = {}
         for key, x in arrays.items():  # an attention's output is that of its last layer
             if not any(x is y or (x.shape == y.shape and np.array_equal(x, y)) for y in different.values()):

@@ -97,20 +97,16 @@ class Family(NamedTuple):
 def find_cause(place: Place) -> Cause | None:
     """The smallest change of options that turns what the reference computes into what the port does; at most two options are changed."""
     for family in FAMILIES:
-        options = family.options(place)
-        choices = _products({name: option.right for name, option in options.items()}) if options else ()
-        right = next((choice for choice in choices if _misses(family, place, choice, place.reference) <= place.limit), None)
-        if right is None:
-            continue
-        for count in (1, 2):
-            found = [
-                Cause(family.name, changes, agreement)
+        options = family.options(place) if place.sources else None
+        right = _first_that_fits(family, place, options) if options else None
+        for count in (1, 2) if right else ():
+            causes = [
+                Cause(family.name, changes, _misses(family, place, right | {change.option: change.port for change in changes}, place.port))
                 for changes in _changes(right, options, count)
-                if (agreement := _misses(family, place, right | {change.option: change.port for change in changes}, place.port))
-                <= place.limit
             ]
-            if found:
-                return min(found, key=lambda cause: cause.agreement)
+            best = min(causes, key=lambda cause: cause.agreement, default=None)
+            if best and best.agreement <= place.limit:
+                return best
     return None
 
 
@@ -124,7 +120,7 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def rounded(x: np.ndarray, bits: int) -> np.ndarray:
-    """x with so many bits of significand, rounded to the nearest: 8 for bfloat16, 11 for TF32 and float16, 24 for float32."""
+    """The numbers with so many bits of significand, rounded to the nearest: 8 for bfloat16, 11 for TF32 and float16, 24 for float32."""
     significand, exponent = np.frexp(x)
     return np.ldexp(np.rint(np.ldexp(significand, bits)), exponent - bits)
 
@@ -136,15 +132,18 @@ def _misses(family: Family, place: Place, choice: Choice, target: np.ndarray) ->
     return math.inf if computed is None or computed.shape != target.shape else distance(computed, target)
 
 
-def _products(values: Mapping[str, tuple[str, ...]]) -> Iterator[Choice]:
-    return (dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values()))
+def _first_that_fits(family: Family, place: Place, options: dict[str, Option]) -> Choice | None:
+    """A choice that computes what the reference has computed."""
+    choices = (dict(zip(options, chosen, strict=True)) for chosen in itertools.product(*(option.right for option in options.values())))
+    return next((choice for choice in choices if _misses(family, place, choice, place.reference) <= place.limit), None)
 
 
 def _changes(right: Choice, options: dict[str, Option], count: int) -> Iterator[tuple[Change, ...]]:
-    each = {
-        name: [Change(name, value, right[name]) for value in (*o.right, *o.wrong) if value != right[name]] for name, o in options.items()
-    }
-    return (changes for names in itertools.combinations(each, count) for changes in itertools.product(*(each[name] for name in names)))
+    """All ways to choose so many options otherwise."""
+    for names in itertools.combinations(options, count):
+        values = ([value for value in (*options[name].right, *options[name].wrong) if value != right[name]] for name in names)
+        for chosen in itertools.product(*values):
+            yield tuple(Change(name, value, right[name]) for name, value in zip(names, chosen, strict=True))
 
 
 # Norms
@@ -171,9 +170,7 @@ def _norm_options(place: Place) -> dict[str, Option] | None:
 
 def _norm(place: Place, choice: Choice) -> np.ndarray | None:
     (x,), (scale, shift) = place.sources.values(), _scale_and_shift(place.weights)
-    axes = {"the last axis": (-1,), "the axis before": (-2,), "all axes but the batch's": tuple(range(1, x.ndim))}[
-        choice["normalised over"]
-    ]
+    axes = {"the last axis": (-1,), "the axis before": (-2,)}.get(choice["normalised over"], tuple(range(1, x.ndim)))
     if x.ndim < 2 and axes != (-1,):
         return None
     x = _in_precision(x, choice)
@@ -206,23 +203,24 @@ def _in_precision(x: np.ndarray, choice: Choice) -> np.ndarray:
 
 def _linear_options(place: Place) -> dict[str, Option] | None:
     (x, *more), (w, b) = place.sources.values(), _scale_and_shift(place.weights)
-    I, O = x.shape[-1:], place.shape[-1:]
-    if more or x.dtype.kind != "f" or not x.ndim or (w is not None and w.shape not in (O + I, I + O)):
+    inputs, outputs = x.shape[-1:], place.shape[-1:]
+    if more or x.dtype.kind != "f" or not x.ndim or (w is not None and w.shape not in (outputs + inputs, inputs + outputs)):
         return None
-    others = tuple(name for name, other in place.others.items() if other.shape == (O + I if w is None else w.shape))[:64]
+    others = tuple(name for name, other in place.others.items() if other.shape == (outputs + inputs if w is None else w.shape))[:64]
     if w is None and not others:
         return None
     w = place.others[others[0]] if w is None else w
+    roots = dict.fromkeys(f"{over}sqrt({size})" for size in (*inputs, *outputs) for over in ("", "1/"))
     return {
         "product": Option(
-            tuple(layout for layout, shape in (("x W^T", O + I), ("x W", I + O)) if w.shape == shape),
+            tuple(layout for layout, shape in (("x W^T", outputs + inputs), ("x W", inputs + outputs)) if w.shape == shape),
             ("x W, W reshaped where it should be transposed",),
         ),
         "weight": Option(("its own",), others) if place.weights else Option(others),
         "bias": Option(("none",)) if b is None else Option(("added",), ("forgotten", "added twice")),
-        "order of the outputs": Option(("as given",), tuple(_orders(*O))),
-        "order of the inputs": Option(("as given",), tuple(_orders(*I))),
-        "times": Option(("1",), tuple(dict.fromkeys(f"{times}sqrt({size})" for size in (*I, *O) for times in ("", "1/"))) + ("2", "1/2")),
+        "order of the outputs": Option(("as given",), tuple(_orders(*outputs))),
+        "order of the inputs": Option(("as given",), tuple(_orders(*inputs))),
+        "times": Option(("1",), (*roots, "2", "1/2")),
         "precision": Option(("exact",), tuple(f"{p}{more}" for p in PRECISIONS for more in ("", ", and its result"))),
     }
 
@@ -391,10 +389,7 @@ def _attention_options(place: Place) -> dict[str, Option] | None:
     Dk = (parts[0].shape[-1] - D) // 2 if len(parts) == 1 else parts[1].shape[-1]
     if len(place.shape) == 3 and place.shape[-1] != D:
         return None
-    # the commonest sizes of a head first; a head of 1 is none
-    heads = sorted(
-        (N for N in _divisors(D) if N < D and D // N <= Dk and Dk % (D // N) == 0), key=lambda N: abs(math.log2(N / max(1, D // 64)))
-    )
+    heads = [N for N in _divisors(D) if N < D and D // N <= Dk and Dk % (D // N) == 0]
     grouped, equal = D != Dk, D == Dk
     splits = ("(3, N, H)", "(N, 3, H)", "(N, H, 3)") if equal else ("(3, N, H)",)
     padding = ("not seen", "seen") if place.keep_BT is not None and not place.keep_BT.all() else ("seen",)
@@ -412,6 +407,7 @@ def _attention_options(place: Place) -> dict[str, Option] | None:
         "(H, N) in place of (N, H)": Option(("nowhere",), swapped),
         "context": Option(("heads side by side",), ("not transposed back",)),
         "q, k, v are taken as": Option(("q, k, v",), tuple(", ".join(order) for order in ROLES[1:]) if equal else ("q, v, k",)),
+        "a query that sees nothing": Option(("sees all",), ("gives zero",)),
         "softmax over": Option(("keys",), ("queries", "heads")),
         "precision": Option(("exact",), tuple(PRECISIONS)),
     }
@@ -445,9 +441,11 @@ def _attention(place: Place, choice: Choice) -> np.ndarray | None:
     if choice["padding"] != "seen":
         seen = seen & (place.keep_BT == (choice["padding"] == "not seen"))[:, None, None, :]
     axis = {"keys": 3, "queries": 2, "heads": 1}[choice["softmax over"]]
-    scores_BNTS = np.where(seen, scores_BNTS, -1e30)  # a query that may see nothing sees all
+    scores_BNTS = np.where(seen, scores_BNTS, -1e30)  # not infinity: a query that sees nothing sees all
     weights_BNTS = np.exp(scores_BNTS - scores_BNTS.max(axis, keepdims=True))
     weights_BNTS = weights_BNTS / weights_BNTS.sum(axis, keepdims=True)
+    if choice["a query that sees nothing"] == "gives zero":
+        weights_BNTS = weights_BNTS * seen.any(3, keepdims=True)
     if place.shape == weights_BNTS.shape:
         return weights_BNTS
     context_BNTH = _in_precision(weights_BNTS, choice) @ v_BNSH
