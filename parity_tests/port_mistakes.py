@@ -44,7 +44,7 @@ def changed(module: types.ModuleType, old: str, new: str) -> types.ModuleType:
     source = Path(module.__file__).read_text(encoding="utf-8")
     assert source.count(old) == 1, f"{module.__name__} has changed: adapt the mistake, {old!r} is not there once"
     other = types.ModuleType(module.__name__)
-    exec(compile(source.replace(old, new), module.__file__, "exec"), other.__dict__ | {"__name__": module.__name__}, other.__dict__)
+    exec(compile(source.replace(old, new), module.__file__, "exec"), other.__dict__)
     return other
 
 
@@ -134,7 +134,7 @@ MISTAKES = (
         "the other half of the gate",
         "llama",
         f"{_L}mlp.down_proj",
-        "of: the last, times the first in the port, the first, times the last in",
+        "of: the last times the first in the port, the first times the last in",
         "nn.silu(gate_BTF) * up_BTF",
         "gate_BTF * nn.silu(up_BTF)",
     ),
@@ -156,12 +156,19 @@ MISTAKES = (
         "jnp.repeat(x, cfg.N // cfg.K, axis=2)",
         "jnp.tile(x, (1, 1, cfg.N // cfg.K, 1))",
     ),
-    Mistake("causal mask off by one", "llama", f"{_L}self_attn.o_proj", "mask: causal, and the next key in", "bool)) &", "bool), 1) &"),
+    Mistake(
+        "causal mask off by one",
+        "llama",
+        f"{_L}self_attn.o_proj",
+        "mask: causal and the next key in the port, causal in",
+        "bool)) &",
+        "bool), 1) &",
+    ),
     Mistake(
         "own position masked",
         "llama",
         f"{_L}self_attn.o_proj",
-        "mask: causal, without the key of the query's own position in",
+        "mask: causal without the own position in the port, causal in",
         "bool)) &",
         "bool), -1) &",
     ),
@@ -176,7 +183,14 @@ MISTAKES = (
     ),
     Mistake("rotary in pairs", "llama", f"{_L}self_attn.o_proj", "rotary: pairs with base 10000 in the port, halves", _HALVES, _PAIRS),
     Mistake("rotary base", "llama", f"{_L}self_attn.o_proj", "rotary: halves with base 500000 in the port", "10000.0", "500000.0"),
-    Mistake("rotary backwards", "llama", f"{_L}self_attn.o_proj", "backwards in the port", "np.outer(np", "-np.outer(np"),
+    Mistake(
+        "rotary backwards",
+        "llama",
+        f"{_L}self_attn.o_proj",
+        "rotary: halves backwards with base 10000 in the port",
+        "np.outer(np",
+        "-np.outer(np",
+    ),
     Mistake(
         "keys that are not turned",
         "llama",
@@ -195,7 +209,12 @@ MISTAKES = (
     ),
     Mistake("norm after attention", "llama", f"{_L}input_layernorm", f"sum of: {_L}self_attn in the port", _ATTENTION, _AFTER),
     Mistake(
-        "shortcut taken after the norm", "llama", f"{_L}post_attention_layernorm", f"{_L}input_layernorm in the port", _ATTENTION, _NORMED
+        "shortcut taken after the norm",
+        "llama",
+        f"{_L}post_attention_layernorm",
+        f"sum of: {_L}input_layernorm + {_L}self_attn in the port",
+        _ATTENTION,
+        _NORMED,
     ),
     Mistake(
         "embedding scaled",
@@ -242,7 +261,7 @@ MISTAKES = (
         "fused weights in another order",
         "gpt2",
         f"{_G}attn.c_proj",
-        "q, k, v are taken as: k, q, v in the port, q, k, v in",
+        "q k v are taken as: k q v in the port, q k v in",
         "q_BTNH, k_BSNH, v_BSNH = (",
         "k_BSNH, q_BTNH, v_BSNH = (",
     ),
@@ -251,23 +270,23 @@ MISTAKES = (
         "inputs rounded to bfloat16",
         "llama",
         f"{_L}mlp.gate_proj",
-        "every number of the port is one of bfloat16",
+        "precision: bfloat16 inputs in the port, exact in",
         'name="gate")(x_BTD',
         'name="gate")(x_BTD.astype(jnp.bfloat16)',
     ),
     Mistake(
         "half of a value's gradient",
         "llama",
-        f"backward/{_L}self_attn.v_proj",
+        "backward/model.layers.1.self_attn.v_proj",
         "the port is 0.5 times the reference",
-        "v_BSKH = nn",
-        "v_BSKH = 0.5 * (lambda v: v + jax.lax.stop_gradient(v))(nn",
+        "q_BTNH = rotate(q_BTNH",
+        "v_BSKH = (v_BSKH + jax.lax.stop_gradient(v_BSKH)) / 2\n        q_BTNH = rotate(q_BTNH",
     ),
     Mistake(
         "scores capped",
         "llama",
         f"{_L}self_attn.o_proj",
-        "no pattern",
+        "none of the usual suspects explains it",
         " / H**0.5",
         " / H**0.5; scores_BNTS = 5 * jnp.tanh(scores_BNTS / 5)",
     ),

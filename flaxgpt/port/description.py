@@ -30,7 +30,8 @@ def describe(reference: np.ndarray, port: np.ndarray, noise: float = 1e-9) -> st
     broken = ~np.isfinite(b) & np.isfinite(a)
     if broken.any():
         return f"the port has nan or infinity in {broken.sum()} of {b.size} places{_where(broken)}"
-    difference = distance(b, a)
+    if (difference := distance(b, a)) == 0:
+        return "no difference"
     limit = min(difference / 5, max(noise, min(difference / 1000, 1e-6)))
     looks = (look for kind in LOOKS if (look := kind(a, b, limit)))
     return next(looks, f"no pattern: it differs by {difference:.1e} all over, with a cosine of {_cosine(a, b):.4f}")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 NOISE = {"float64": 1e-9, "float32": 3e-6, "bfloat16": 3e-2}
 """What rounding may leave in one module, relative."""
 
+Inputs = Mapping[str, tuple[np.ndarray, ...]]
+"""What each module is called with."""
+
 Run = Callable[[str, tuple[np.ndarray, ...]], "np.ndarray | None"]
 """(name, inputs) -> what the port's module of that name returns for them, None where this can't be found out."""
 
@@ -40,7 +43,8 @@ class Diagnosis:
             return [self.where, f"none of the usual suspects explains it; {self.look}"]
         changes = "; ".join(f"{option}: {port} in the port, {reference} in the reference" for option, port, reference in self.cause.changes)
         article = "an" if self.cause.family[0] in "aeiou" else "a"
-        return [self.where, f"{changes} ({article} {self.cause.family} so computed agrees with the port to {self.cause.agreement:.0e})"]
+        agreement = f"agrees with the port to {self.cause.agreement:.0e}" if self.cause.agreement else "is the port's to the last bit"
+        return [self.where, f"{changes} ({article} {self.cause.family} so computed {agreement})"]
 
 
 def diagnose(
@@ -64,8 +68,9 @@ def diagnose(
         target, places = (output, output_of_port), _inside(name, reference, port, parameters)
         where = f"{name}: given the reference's input, the port's output differs by {_far(*target)}"
     elif (differing := _differing_input(name, reference, port, noise)) is not None:
-        name = _outermost(name, reference.inputs, given[differing])
-        target, places = (given[differing], port.inputs[name][differing]), _before(name, reference, port)
+        target = given[differing], port.inputs[name][differing]
+        name = _outermost(name, reference.inputs, port.inputs, target)
+        places = _before(name, reference, port)
         where = f"{name} is right, but what goes into it differs by {_far(*target)}"
     else:
         target, places = (output, port.outputs[name]), _inside(name, reference, port, parameters)
@@ -81,6 +86,8 @@ def diagnose(
 
 
 def _far(reference: np.ndarray, port: np.ndarray) -> str:
+    if not np.isfinite(port).all():
+        return "nan or infinity"
     return f"{distance(port, reference):.1e}" if port.shape == reference.shape else f"its shape, {port.shape} for {reference.shape}"
 
 
@@ -97,10 +104,11 @@ def _differing_input(name: str, reference: Recording, port: Recording, noise: fl
     return next((i for i, (x, y) in pairs if x.shape != y.shape or distance(y, x) > noise), None)
 
 
-def _outermost(name: str, inputs: Mapping[str, tuple[np.ndarray, ...]], given: np.ndarray) -> str:
-    """The outermost module that is called with the same array: what goes into a block's first norm goes into the block."""
-    for outer in _enclosing(name, inputs):
-        if not inputs[outer] or inputs[outer][0].shape != given.shape or not np.array_equal(inputs[outer][0], given):
+def _outermost(name: str, reference: Inputs, port: Inputs, target: tuple[np.ndarray, np.ndarray]) -> str:
+    """The outermost module that is called with the same arrays: what goes into a block's first norm goes into the block."""
+    for outer in _enclosing(name, reference):
+        first = [inputs.get(outer, ())[:1] for inputs in (reference, port)]
+        if not all(x and x[0].shape == y.shape and np.array_equal(x[0], y) for x, y in zip(first, target, strict=True)):
             break
         name = outer
     return name
@@ -114,8 +122,11 @@ def _enclosing(name: str, known: Mapping[str, object]) -> list[str]:
 
 def _before(name: str, reference: Recording, port: Recording) -> Iterator[dict[str, object]]:
     """Places between modules: what was computed before, within the same module around."""
-    outer = next(iter(_enclosing(name, reference.inputs)), "")
-    yield from _between(outer, list(reference.outputs)[: list(reference.outputs).index(name)], reference, port)
+    around = _enclosing(name, reference.inputs)
+    outer, names = next(iter(around), ""), list(reference.outputs)
+    later = [x for x in names[names.index(name) + 1 :] if x not in around and x in port.outputs and _is_in(x, outer)]
+    for place in _between(outer, names[: names.index(name)], reference, port):
+        yield place | {"later": {x: _exact(port.outputs[x]) for x in later}}
 
 
 def _inside(name: str, reference: Recording, port: Recording, parameters: Tensors) -> Iterator[dict[str, object]]:
@@ -146,16 +157,30 @@ def _weights(name: str, parameters: Tensors) -> Tensors:
 
 def _between(outer: str, names: list[str], reference: Recording, port: Recording) -> Iterator[dict[str, object]]:
     """First what both sides have recorded, then what the reference has. What goes into modules comes before what comes out of them."""
-    names = [name for name in names if not outer or name.startswith(f"{outer}.")]
+    names = [name for name in names if _is_in(name, outer)]
     for chosen in ([name for name in names if name in port.outputs], names):
         called = [outer, *chosen] if outer in reference.inputs else chosen
-        arrays = {f"{name}'s input": x[0] for name in called if (x := reference.inputs.get(name))}
-        arrays |= {name: reference.outputs[name] for name in chosen}
         different: dict[str, np.ndarray] = {}
-        for key, x in arrays.items():  # an attention's output is that of its last layer
-            if not any(x is y or (x.shape == y.shape and np.array_equal(x, y)) for y in different.values()):
-                different[key] = x
-        yield {"sources": {key: _exact(x) for key, x in different.items()}}
+        for key in sorted(
+            chosen, key=lambda name: name.count(".")
+        ):  # an attention's output is that of its last layer: the outer name stays
+            _add(different, key, reference.outputs[key])
+        outputs = {key: different[key] for key in chosen if key in different}
+        for key in called:
+            if reference.inputs.get(key):
+                _add(different, f"{key}'s input", reference.inputs[key][0])
+        inputs = {key: x for key, x in different.items() if key not in outputs}
+        yield {"sources": {key: _exact(x) for key, x in (inputs | outputs).items()}}
+
+
+def _add(arrays: dict[str, np.ndarray], key: str, x: np.ndarray) -> None:
+    """Unless the same is there by another name."""
+    if not any(x is y or (x.shape == y.shape and np.array_equal(x, y)) for y in arrays.values()):
+        arrays[key] = x
+
+
+def _is_in(name: str, outer: str) -> bool:
+    return not outer or name.startswith(f"{outer}.")
 
 
 def _exact(x: np.ndarray) -> np.ndarray:
@@ -181,6 +206,7 @@ def _few_rows(place: Place) -> Place:
     return dataclasses.replace(
         place,
         sources={key: few(x) for key, x in place.sources.items()},
+        later={key: few(x) for key, x in place.later.items()},
         reference=place.reference[worst],
         port=place.port[worst],
         keep_BT=None if place.keep_BT is None else few(place.keep_BT),

@@ -36,6 +36,8 @@ class Place:
     """The module's own parameters in the reference, by their local names; empty between modules."""
     reference: np.ndarray
     port: np.ndarray
+    later: Tensors = field(default_factory=dict)
+    """What the port has computed which the reference computes only later."""
     others: Tensors = field(default_factory=dict)
     """All other parameters of the reference, by name: what the port may have used instead."""
     keep_BT: np.ndarray | None = None
@@ -196,8 +198,11 @@ def _scale_and_shift(weights: Tensors) -> tuple[np.ndarray | None, np.ndarray | 
 PRECISIONS = {"bfloat16": 8, "TF32 or float16": 11}
 
 
-def _in_precision(x: np.ndarray, choice: Choice) -> np.ndarray:
-    bits = PRECISIONS.get(choice["precision"].removesuffix(", and its result"))
+def _in_precision(x: np.ndarray, choice: Choice, part: str = "") -> np.ndarray:
+    """The numbers, rounded if the choice is to compute in such a precision, or to round such a part to it."""
+    bits = next(
+        (bits for name, bits in PRECISIONS.items() if choice["precision"] in (name, f"{name} {part}", f"{name} with its result")), None
+    )
     return rounded(x, bits) if bits else x
 
 
@@ -221,20 +226,20 @@ def _linear_options(place: Place) -> dict[str, Option] | None:
         "order of the outputs": Option(("as given",), tuple(_orders(*outputs))),
         "order of the inputs": Option(("as given",), tuple(_orders(*inputs))),
         "times": Option(("1",), (*roots, "2", "1/2")),
-        "precision": Option(("exact",), tuple(f"{p}{more}" for p in PRECISIONS for more in ("", ", and its result"))),
+        "precision": Option(("exact",), tuple(f"{p}{of}" for p in PRECISIONS for of in ("", " inputs", " weights", " with its result"))),
     }
 
 
 def _linear(place: Place, choice: Choice) -> np.ndarray:
     (x,), (w, b) = place.sources.values(), _scale_and_shift(place.weights)
     w = place.others.get(choice["weight"], w)
-    x, w = _in_precision(x, choice), _in_precision(w, choice)
+    x, w = _in_precision(x, choice, "inputs"), _in_precision(w, choice, "weights")
     x = x[..., _orders(x.shape[-1]).get(choice["order of the inputs"], slice(None))]
     w_IO = {"x W^T": w.T, "x W": w}.get(choice["product"])
     y = x @ (w.reshape(x.shape[-1], -1) if w_IO is None else w_IO) * _number(choice["times"])
     y = y + {"added": 1, "added twice": 2}.get(choice["bias"], 0) * (0 if b is None else b)
     y = y[..., _orders(y.shape[-1]).get(choice["order of the outputs"], slice(None))]
-    return _in_precision(y, choice) if choice["precision"].endswith("result") else y
+    return _in_precision(y, choice) if choice["precision"].endswith("with its result") else y
 
 
 @functools.cache
@@ -245,7 +250,7 @@ def _orders(size: int) -> dict[str, np.ndarray]:
     for parts in (2, 3):
         if size % parts == 0:
             orders |= {
-                f"parts {', '.join(str(i + 1) for i in order)} of {parts}": index.reshape(parts, -1)[list(order)]
+                f"parts {' '.join(str(i + 1) for i in order)} of {parts}": index.reshape(parts, -1)[list(order)]
                 for order in itertools.permutations(range(parts))
                 if list(order) != sorted(order)
             }
@@ -341,14 +346,14 @@ def _activation_options(place: Place) -> dict[str, Option] | None:
     parts = _gated(place)
     if parts is None or parts[0].size > 2**22:
         return None
-    of = ("the last",) if parts[1] is None else ("the last", "the first", "the first, times the last", "the last, times the first")
+    of = ("the last",) if parts[1] is None else ("the last", "the first", "the first times the last", "the last times the first")
     return {"of": Option(of), "activation": Option(tuple(ACTIVATIONS))}
 
 
 def _activation(place: Place, choice: Choice) -> np.ndarray:
     first, last = _gated(place)
     last = first if last is None else last
-    activated, _, factor = choice["of"].partition(", ")
+    activated, _, factor = choice["of"].partition(" times ")
     y = ACTIVATIONS[choice["activation"]](first if activated.endswith("first") else last)
     return y * (first if factor.endswith("first") else last) if factor else y
 
@@ -360,8 +365,8 @@ ROTARY = ("none", *(f"{kind} with base {base}" for base in BASES for kind in ("h
 MASKS: dict[str, Callable[[int], np.ndarray]] = {
     "causal": lambda T: np.tri(T),
     "none": lambda T: np.ones((T, T)),
-    "causal, and the next key": lambda T: np.tri(T, k=1),
-    "causal, without the key of the query's own position": lambda T: np.tri(T, k=-1),
+    "causal and the next key": lambda T: np.tri(T, k=1),
+    "causal without the own position": lambda T: np.tri(T, k=-1),
     "later keys only": lambda T: np.tri(T).T,
 }
 ROLES = tuple(itertools.permutations("qkv"))
@@ -396,17 +401,17 @@ def _attention_options(place: Place) -> dict[str, Option] | None:
     swapped = ("queries", "keys", "values", "context", "queries and keys", "queries, keys and values", "all")
     return {
         "fused weights are split": Option(splits if len(parts) == 1 else ("no",)),
-        "padding": Option(padding, ("seen, and nothing else",) if len(padding) == 2 else ()),
+        "padding": Option(padding, ("nothing else seen",) if len(padding) == 2 else ()),
         "mask": Option(("causal", "none"), tuple(MASKS)[2:]),
         "scale": Option(("1/sqrt(H)", "1"), ("1/sqrt(D)", "1/H", "1/sqrt(N)", "sqrt(H)", "1/sqrt(K H)")),
-        "rotary": Option(ROTARY, tuple(f"{rotary}, backwards" for rotary in ROTARY[1:])),
+        "rotary": Option(ROTARY, tuple(rotary.replace(" with", " backwards with") for rotary in ROTARY[1:])),
         "rotary turns": Option(("queries and keys",), ("queries", "keys", "queries, keys and values")),
         "positions": Option(("the same",), ("one more for queries", "one more for keys")),
         "grouped heads": Option(("repeated",), ("tiled",) if grouped else ()),
         "heads": Option(tuple(map(str, heads))),
         "(H, N) in place of (N, H)": Option(("nowhere",), swapped),
         "context": Option(("heads side by side",), ("not transposed back",)),
-        "q, k, v are taken as": Option(("q, k, v",), tuple(", ".join(order) for order in ROLES[1:]) if equal else ("q, v, k",)),
+        "q k v are taken as": Option(("q k v",), tuple(" ".join(order) for order in ROLES[1:]) if equal else ("q v k",)),
         "a query that sees nothing": Option(("sees all",), ("gives zero",)),
         "softmax over": Option(("keys",), ("queries", "heads")),
         "precision": Option(("exact",), tuple(PRECISIONS)),
@@ -420,7 +425,7 @@ def _attention(place: Place, choice: Choice) -> np.ndarray | None:
     H, swapped = D // N, choice["(H, N) in place of (N, H)"]
     if fused is not None:
         parts = _split(fused, D, N, H, choice["fused weights are split"])
-    parts = [parts["qkv".index(role)] for role in choice["q, k, v are taken as"].split(", ")]
+    parts = [parts["qkv".index(role)] for role in choice["q k v are taken as"].split()]
     if H % 2 and choice["rotary"] != "none":
         return None
     heads = []
@@ -470,7 +475,7 @@ def _grouped(x_BKTH: np.ndarray, N: int, how: str) -> np.ndarray:
 def _turned(x_BNTH: np.ndarray, positions_T: np.ndarray, choice: Choice) -> np.ndarray:
     """Rotary embedding (Su et al. 2021): of halves, as transformers has it, or of neighbouring pairs, as the paper does."""
     H = x_BNTH.shape[-1]
-    angles = np.outer(positions_T, float(choice["rotary"].split("base ")[1].split(",")[0]) ** (-np.arange(0, H, 2) / H))
+    angles = np.outer(positions_T, float(choice["rotary"].split("base ")[1]) ** (-np.arange(0, H, 2) / H))
     cos, sin = np.cos(angles), np.sin(angles) * (-1 if "backwards" in choice["rotary"] else 1)
     halves = "halves" in choice["rotary"]
     a, b = (x_BNTH[..., : H // 2], x_BNTH[..., H // 2 :]) if halves else (x_BNTH[..., ::2], x_BNTH[..., 1::2])
@@ -484,19 +489,24 @@ SHIFTS = {"as they are": 0, "one position later": 1, "one position earlier": -1}
 
 
 def _sum_options(place: Place) -> dict[str, Option] | None:
-    names = [name for name, x in place.sources.items() if x.shape == place.shape and x.dtype.kind == "f"][-12:]
-    if place.weights or not names:
+    before, later = (
+        [name for name, x in xs.items() if x.shape == place.shape and x.dtype.kind == "f"] for xs in (place.sources, place.later)
+    )
+    if place.weights or not before:
         return None
-    terms = [" + ".join(chosen) for count in (1, 2, 3) for chosen in itertools.combinations(names[::-1], count)]
+    right = [" + ".join(terms) for count in (1, 2, 3) for terms in itertools.combinations(before[-12:], count)]
+    wrong = [*later, *(" + ".join(terms) for terms in itertools.product(before[-12:], later))]
+    D = place.shape[-1]
     return {
-        "sum of": Option(tuple(terms)),
+        "sum of": Option(tuple(right), tuple(wrong)),
         "taken": Option(("as they are",), tuple(SHIFTS)[1:]),
-        "times": Option(("1",), ("2", "1/2", "sqrt(2)", "1/sqrt(2)")),
+        "times": Option(("1",), (f"sqrt({D})", f"1/sqrt({D})", "2", "1/2", "sqrt(2)", "1/sqrt(2)")),
     }
 
 
 def _sum(place: Place, choice: Choice) -> np.ndarray:
-    total = sum(place.sources[name] for name in choice["sum of"].split(" + "))
+    arrays = {**place.later, **place.sources}
+    total = sum(arrays[name] for name in choice["sum of"].split(" + "))
     return np.roll(total, SHIFTS[choice["taken"]], 1) * _number(choice["times"])
 
 
