@@ -7,16 +7,18 @@ may be between the two sides follows from it: no bound is guessed.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from flaxgpt.errors import InputError
 from flaxgpt.parity.compare import Measurement, Result, first_divergence, relative
+from flaxgpt.port.explain import explain
 from flaxgpt.port.names import Link, Table
 from flaxgpt.port.pair import Pair
 from flaxgpt.port.recorder import OUTPUT, AdamW, Recorder, Recording, Tensors, probe
@@ -83,18 +85,19 @@ def check(
         raise InputError(f"dtype={dtype}: expected float32, bfloat16 or float64")
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        climb = _Check(pair, dtype, updates, adamw or AdamW(), bounds or {}, exact_bounds or {}, Path(folder))
+        climb = Climb(pair, dtype, updates, adamw or AdamW(), bounds or {}, exact_bounds or {}, Path(folder))
         for rung in RUNGS:
             if rung not in rungs or (rung == "parameters" and pair.convert):
                 continue
             started = time.perf_counter()
             results.append(Result(rung, tuple(getattr(climb, rung)()), time.perf_counter() - started))
             progress(results[-1])
-    return Verdict(tuple(results))
+        verdict = Verdict(tuple(results))
+        return verdict if verdict.passed else replace(verdict, diagnosis=tuple(explain(climb, verdict.first)))
 
 
 @dataclass
-class _Row:
+class Row:
     """A tensor in every run that was made of it, in the port's layout."""
 
     name: str
@@ -104,7 +107,7 @@ class _Row:
 
 
 @dataclass
-class _Run:
+class Run:
     """A recorded pass, in files."""
 
     outputs: Mapping[str, np.ndarray]
@@ -116,7 +119,9 @@ class _Run:
 
 
 @dataclass
-class _Check:
+class Climb:
+    """A check that is going on: what was recorded, and the rungs."""
+
     pair: Pair
     dtype: str
     updates: int
@@ -124,7 +129,7 @@ class _Check:
     bounds: Mapping[str, float]
     exact_bounds: Mapping[str, float]
     folder: Path
-    runs: dict[tuple[str, str], _Run] = field(default_factory=dict)
+    runs: dict[tuple[str, str], Run] = field(default_factory=dict)
     floors: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,6 +140,7 @@ class _Check:
         self.converted = self.to_port(pair.reference.parameters(pair.batch)) if pair.convert else None
 
     def recorder(self, side: str) -> Recorder:
+        """The recorder of the "reference" or of the "port"."""
         return getattr(self.pair, side)
 
     def to_port(self, tensors: Mapping[str, np.ndarray]) -> Tensors:
@@ -161,25 +167,61 @@ class _Check:
 
     def activations(self) -> list[Measurement]:
         """What each module returns."""
-        return self._measured("activations", self._outputs("outputs"))
+        return self._measured("activations", self.output_rows("outputs"))
 
     def loss(self) -> list[Measurement]:
         """The loss."""
         if "activations" not in self.floors:
             self.activations()
-        row = _Row("loss", lambda side, dtype: self.run(side, dtype).loss)
+        row = Row("loss", lambda side, dtype: self.run(side, dtype).loss)
         return self._measured("loss", [row], self.floors["activations"])
 
     def gradients(self) -> list[Measurement]:
         """With respect to each module's output, the last one first, and to each parameter."""
-        rows = self._outputs("output_gradients")[::-1]
-        for row in rows:
-            row.name = f"backward/{row.name}"
-        return self._measured("gradients", [*rows, *self._parameter_rows("gradients", lambda run: run.parameter_gradients)])
+        return self._measured("gradients", self.gradient_rows())
+
+    def clipping(self) -> Iterable[Measurement]:
+        """The reference's gradients, scaled to twice and to half the norm that they are clipped to."""
+        gradients = self.run("reference", "float32").parameter_gradients
+        norm = float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradients.values())))
+        for share in (2.0, 0.5):
+            scaled = {name: (g * (share * self.adam.clip_norm / norm)).astype(np.float32) for name, g in gradients.items()}
+            runs = self._both(lambda side, dtype, given=scaled: self.recorder(side).clip(self._for(side, given), self.adam, dtype))
+            norm_row = Row("norm", lambda side, dtype, runs=runs: runs(side, dtype)["norm"])
+            rows = self._measured("clipping", [norm_row, *self._rows_of("clipped", runs)])
+            yield from (replace(row, name=f"{row.name} ({share:g} times the limit)") for row in rows)
+
+    def adamw(self) -> list[Measurement]:
+        """The parameters after updates that both sides make from the reference's gradients."""
+        gradients = self.run("reference", "float32").parameter_gradients
+        return self._trained("adamw", lambda side: self._for(side, gradients))
+
+    def training(self) -> list[Measurement]:
+        """The loss before each of some updates, and the parameters after them."""
+        return self._trained("training", lambda side: None)
+
+    def _trained(self, rung: str, gradients: Callable[[str], Tensors | None]) -> list[Measurement]:
+        """Parameters are compared by how far AdamW may move them: by its rate, each update."""
+
+        def train(side: str, dtype: str) -> Tensors:
+            settings = self.adam, self.updates, dtype, self.start(side), gradients(side)
+            return self.recorder(side).train(self.pair.batch, *settings, self.cotangent if side == "port" else None)
+
+        runs = self._both(train)
+        losses = [Row("loss", lambda side, dtype: runs(side, dtype)["loss"])] if rung == "training" else []
+        parts = self._both(lambda side, dtype: {n.removeprefix("parameter/"): x for n, x in runs(side, dtype).items() if n != "loss"})
+        return self._measured(rung, [*losses, *self._rows_of("parameter", parts, self.adam.learning_rate * self.updates)])
+
+    def _for(self, side: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
+        return self.to_port(tensors) if side == "port" else {**tensors}
+
+    def _both(self, compute: Callable[[str, str], Tensors]) -> Callable[[str, str], Tensors]:
+        """What a side computes in a precision, computed once; clipping and updates of bfloat16 models are compared in their precision."""
+        return functools.cache(compute)
 
     # rows
 
-    def run(self, side: str, dtype: str) -> _Run:
+    def run(self, side: str, dtype: str) -> Run:
         """A pass, recorded when it is first needed."""
         if (side, dtype) not in self.runs:
             cotangent = self.cotangent if side == "port" else None
@@ -196,22 +238,29 @@ class _Check:
         ours = self.run("reference", "float64").outputs[OUTPUT].shape
         return self.table.whole().to_port([probe(ours)], [shape])[0]
 
-    def _spilled(self, record: Recording, folder: Path) -> _Run:
+    def _spilled(self, record: Recording, folder: Path) -> Run:
         inputs = {f"{name}\n{i}": x for name, xs in record.inputs.items() for i, x in enumerate(xs)}
         parts = {"o": record.outputs, "i": inputs, "g": record.output_gradients, "p": record.parameter_gradients}
-        return _Run(*(Spilled(x, folder / part) for part, x in parts.items()), record.loss, record.unusable)
+        return Run(*(Spilled(x, folder / part) for part, x in parts.items()), record.loss, record.unusable)
 
-    def _outputs(self, part: str) -> list[_Row]:
+    def output_links(self) -> list[Link]:
+        """Which outputs are compared."""
         ours, theirs = self.run("reference", "float64"), self.run("port", "float64")
         others = {*self.shapes["reference"], *self.shapes["port"], *ours.unusable, *theirs.unusable}
-        links = self.table.outputs(ours.outputs, theirs.outputs, others)
-        rows = []
-        for link in links:
-            if all(name in getattr(ours, part) for name in link.reference):
-                rows += [self._output_row(part, link, i) for i in range(len(link.port))]
-        return rows
+        return self.table.outputs(ours.outputs, theirs.outputs, others)
 
-    def _output_row(self, part: str, link: Link, i: int) -> _Row:
+    def output_rows(self, part: str) -> list[Row]:
+        """A row for each output, of that part of a run: "outputs" or "output_gradients"."""
+        recorded = getattr(self.run("reference", "float64"), part)
+        links = [link for link in self.output_links() if all(name in recorded for name in link.reference)]
+        return [self._output_row(part, link, i) for link in links for i in range(len(link.port))]
+
+    def gradient_rows(self) -> list[Row]:
+        """Those of the outputs, the last one first, and those of the parameters."""
+        backward = [replace(row, name=f"backward/{row.name}") for row in self.output_rows("output_gradients")[::-1]]
+        return [*backward, *self._rows_of("gradients", lambda side, dtype: self.run(side, dtype).parameter_gradients)]
+
+    def _output_row(self, part: str, link: Link, i: int) -> Row:
         def of(side: str, dtype: str) -> np.ndarray:
             run = self.run(side, dtype)
             tensors, shapes = getattr(run, part), [self.run("port", "float64").outputs[name].shape for name in link.port]
@@ -220,28 +269,25 @@ class _Check:
                 return tensors[name] if name in tensors else np.zeros(shapes[i])
             return link.to_port([tensors[name] for name in link.reference], shapes)[i]
 
-        return _Row(link.rows()[i], of)
+        return Row(link.rows()[i], of)
 
-    def _parameter_rows(self, prefix: str, part: Callable[[_Run], Mapping[str, np.ndarray]]) -> list[_Row]:
-        return self._rows_of(prefix, lambda side, dtype: part(self.run(side, dtype)))
-
-    def _rows_of(self, prefix: str, tensors: Callable[[str, str], Mapping[str, np.ndarray]], scale: float | None = None) -> list[_Row]:
+    def _rows_of(self, prefix: str, tensors: Callable[[str, str], Mapping[str, np.ndarray]], scale: float | None = None) -> list[Row]:
         """A row for each parameter, of tensors by the names of the parameters."""
 
-        def row(link: Link, i: int) -> _Row:
+        def row(link: Link, i: int) -> Row:
             shapes = [self.shapes["port"][name] for name in link.port]
 
             def of(side: str, dtype: str) -> np.ndarray:
                 arrays = tensors(side, dtype)
                 return arrays[link.port[i]] if side == "port" else link.to_port([arrays[name] for name in link.reference], shapes)[i]
 
-            return _Row(f"{prefix}/{link.rows()[i]}", of, scale and scale * float(np.prod(shapes[i])) ** 0.5)
+            return Row(f"{prefix}/{link.rows()[i]}", of, scale and scale * float(np.prod(shapes[i])) ** 0.5)
 
         return [row(link, i) for link in self.links for i in range(len(link.port))]
 
     # figures
 
-    def _measured(self, rung: str, rows: Sequence[_Row], floors: dict[str, float] | None = None) -> list[Measurement]:
+    def _measured(self, rung: str, rows: Sequence[Row], floors: dict[str, float] | None = None) -> list[Measurement]:
         """Each row's differences, and the bounds that follow from the errors of both sides in float32.
 
         A tensor's own error may be small by luck, above all if it has few elements: it counts at least as much as the median of its rung.
@@ -254,7 +300,7 @@ class _Check:
             self.floors[rung] = floors
         return [self._bounded(row.name, f, floors) for row, f in zip(rows, figures, strict=True)]
 
-    def _figures(self, row: _Row, typical: float) -> dict[str, float]:
+    def _figures(self, row: Row, typical: float) -> dict[str, float]:
         truth = row.of("reference", "float64")
         # A tensor of zeros is measured by what a trillionth of the others' size would be.
         scale = row.scale or max(float(np.linalg.norm(truth.astype(np.float64))), 2.0**-40 * typical * truth.size**0.5)

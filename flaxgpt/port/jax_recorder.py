@@ -145,13 +145,13 @@ class JaxRecorder:
                 return self._loss(output, given, cotangent)
 
             @functools.partial(jax.jit, donate_argnums=(0, 1))
-            def update(params: Tree, state: optax.OptState) -> tuple[Any, ...]:
-                loss, grads = jax.value_and_grad(run)(params) if fixed is None else (0.0, fixed)
+            def update(params: Tree, state: optax.OptState, given_grads: Tree) -> tuple[Any, ...]:
+                loss, grads = jax.value_and_grad(run)(params) if given_grads is None else (0.0, given_grads)
                 changes, state = tx.update(grads, state, params)
                 return optax.apply_updates(params, changes), state, loss
 
             for _ in range(updates):
-                params, state, loss = update(params, state)
+                params, state, loss = update(params, state, fixed)
                 if fixed is None:
                     losses.append(to_numpy(loss))
             after = {f"parameter/{name}": x for name, x in named(jax.tree.map(to_numpy, params), stacked).items()}

@@ -173,6 +173,10 @@ class Table:
             raise InputError("the table of names does not fit the models: " + "; ".join(faults))
         return links
 
+    def counterpart(self, name: str, port: Collection[str]) -> str:
+        """What the port calls a parameter of the reference."""
+        return self._link(name, {}, dict.fromkeys(port, ())).port[0]
+
     def whole(self) -> Link:
         """What the models return."""
         return self._link(OUTPUT, {OUTPUT: ()}, {OUTPUT: ()})
