@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+import gpt2_pair
+import llama
+import llama_pair
 import numpy as np
 import pytest
-from port_examples import gpt2_pair, llama_pair
 from port_mistakes import MISTAKES, changed
 
 from flaxgpt.port.check import check
@@ -65,7 +67,7 @@ OTHERS = (
 
 @pytest.mark.parametrize(("name", "old", "new"), [pytest.param(*row, id=row[0], marks=pytest.mark.slow) for row in OTHERS])
 def test_what_is_no_usual_suspect_is_described_and_not_blamed_on_one(name, old, new):
-    verdict = check(llama_pair.make_pair(changed(llama_pair.llama, old, new)), FORWARD)
+    verdict = check(llama_pair.make_pair(changed(llama, (old, new))), FORWARD)
     said = "\n".join(verdict.diagnosis)
     assert not verdict.passed
     assert "none of the usual suspects explains it" in said, f"{name}: {said}"
