@@ -7,8 +7,12 @@ import types
 from pathlib import Path
 from typing import NamedTuple
 
+import gpt2
+import gpt2_pair
+import llama
+import llama_pair
+
 from flaxgpt.port.pair import Pair
-from port_examples import gpt2, gpt2_pair, llama, llama_pair
 
 PAIRS = {"llama": (llama, llama_pair), "gpt2": (gpt2, gpt2_pair)}
 
@@ -35,16 +39,18 @@ class Mistake(NamedTuple):
     def planted(self, **sizes: int) -> Pair:
         """The pair, with the mistake in the port or in the table."""
         module, pair = PAIRS[self.port]
-        return pair.make_pair(changed(module, self.old, self.new) if self.old else module, pair.NAMES | self.names, **sizes)
+        return pair.make_pair(changed(module, (self.old, self.new)) if self.old else module, pair.NAMES | self.names, **sizes)
 
 
 @functools.cache
-def changed(module: types.ModuleType, old: str, new: str) -> types.ModuleType:
-    """The module, from a source in which that is changed."""
+def changed(module: types.ModuleType, *changes: tuple[str, str]) -> types.ModuleType:
+    """The module, from a source in which each old text is a new one."""
     source = Path(module.__file__).read_text(encoding="utf-8")
-    assert source.count(old) == 1, f"{module.__name__} has changed: adapt the mistake, {old!r} is not there once"
+    for old, new in changes:
+        assert source.count(old) == 1, f"{module.__name__} has changed: adapt the mistake, {old!r} is not there once"
+        source = source.replace(old, new)
     other = types.ModuleType(module.__name__)
-    exec(compile(source.replace(old, new), module.__file__, "exec"), other.__dict__)
+    exec(compile(source, module.__file__, "exec"), other.__dict__)
     return other
 
 
@@ -300,3 +306,11 @@ MISTAKES = (
     ),
 )
 """Each is planted alone."""
+
+STORY = ("eps 1e-6", "grouped heads tiled", "rotary in pairs", "GELU for SiLU")
+"""The mistakes of docs/port.md: all are in the first draft, and one check after the other finds them."""
+
+
+def draft(*left: str) -> Pair:
+    """The Llama with the mistakes of those names."""
+    return llama_pair.make_pair(changed(llama, *((mistake.old, mistake.new) for mistake in MISTAKES if mistake.name in left)))

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 NOISE = {"float64": 1e-9, "float32": 3e-6, "bfloat16": 3e-2}
 """What rounding may leave in one module, relative."""
 
+ROUNDING = """what differs elsewhere is rounding: products of less precision than was asked for (jax_default_matmul_precision,
+torch.backends.cuda.matmul.allow_tf32), or casts""".replace("\n", " ")
+
 Inputs = Mapping[str, tuple[np.ndarray, ...]]
 """What each module is called with."""
 
@@ -39,6 +42,8 @@ class Diagnosis:
     @property
     def lines(self) -> list[str]:
         """For a person to read: the place; then the cause, or the look where there is none."""
+        if self.look == ROUNDING:
+            return [f"{self.where} in the precision of the diagnosis; {ROUNDING}"]
         if self.cause is None:
             return [self.where, f"none of the usual suspects explains it; {self.look}"]
         changes = "; ".join(f"{option}: {port} in the port, {reference} in the reference" for option, port, reference in self.cause.changes)
@@ -75,6 +80,8 @@ def diagnose(
     else:
         target, places = (output, port.outputs[name]), _inside(name, reference, port, parameters)
         where = f"{name}: the output differs by {_far(*target)}"
+        if output.shape == port.outputs[name].shape and distance(port.outputs[name], output) <= noise:
+            return Diagnosis(where, None, ROUNDING)
     a, b = (np.asarray(x, np.float64) for x in target)
     cause = None
     if a.shape == b.shape:

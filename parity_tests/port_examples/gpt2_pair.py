@@ -1,14 +1,14 @@
 """What is compared: GPT-2 of `transformers`, tiny and with random weights, and its port in NNX."""
 
+import gpt2
 import numpy as np
 import torch
 from flax import nnx
+from transformers import GPT2Config, GPT2LMHeadModel
+
 from flaxgpt.port.nnx_recorder import NNXRecorder
 from flaxgpt.port.pair import Pair
 from torch_ref.port.torch_recorder import TorchRecorder
-from transformers import GPT2Config, GPT2LMHeadModel
-
-from port_examples import gpt2
 
 NAMES = {
     "transformer.wte": "tokens",

@@ -4,15 +4,15 @@ flaxgpt-check-port llama_pair.py:make_pair
 """
 
 import jax.numpy as jnp
+import llama
 import numpy as np
 import optax
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from flaxgpt.port.linen_recorder import LinenRecorder
 from flaxgpt.port.pair import Pair
 from torch_ref.port.torch_recorder import TorchRecorder
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from port_examples import llama
 
 NAMES = {
     "model.embed_tokens": "embed",

@@ -1,1 +1,0 @@
-"""Ports that the general door (`flaxgpt.port`) is shown at."""
