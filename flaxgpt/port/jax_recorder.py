@@ -23,6 +23,10 @@ Loss = Callable[[jax.Array, Any], jax.Array]
 """(the model's output, the batch) -> (), to be differentiated."""
 
 
+QUICK = {"xla_backend_optimization_level": 0}
+"""A pass is compiled for one run: of GPT-2 with two layers, that takes 2.8 s in place of 4.5 s on one core."""
+
+
 class JaxRecorder:
     """A `flaxgpt.port.recorder.Recorder` of something in JAX; a subclass says what its parameters are and how it is called."""
 
@@ -84,7 +88,7 @@ class JaxRecorder:
                 return loss, gradients, tape.outputs, tape.inputs, tape.gradients
 
         with precision(dtype):
-            found = jax.jit(run)(self._params(batch, parameters, dtype), on_device(batch, dtype))
+            found = jax.jit(run, compiler_options=QUICK)(self._params(batch, parameters, dtype), on_device(batch, dtype))
             loss, gradients, outputs, inputs, backward = jax.tree.map(to_numpy, jax.device_get(found))
         outputs = {name: outputs[name] for name in tapes[0].outputs}  # a jitted function returns dicts in the order of their keys
         backward = {name: backward[name] for name in reversed(outputs) if name in backward}
@@ -109,7 +113,7 @@ class JaxRecorder:
                 return tape.outputs.get(name) if name in tape.inputs else None
 
         with precision(dtype):
-            found = jax.jit(run)(self._params(batch, parameters, dtype), on_device(batch, dtype))
+            found = jax.jit(run, compiler_options=QUICK)(self._params(batch, parameters, dtype), on_device(batch, dtype))
             return None if found is None else to_numpy(found)
 
     def clip(self, gradients: Tensors, settings: AdamW, dtype: str) -> Tensors:
@@ -144,7 +148,7 @@ class JaxRecorder:
                 output = self._output(jax.tree.map(lambda x: x.astype(dtype), params), given, batch, dtype, None)
                 return self._loss(output, given, cotangent)
 
-            @functools.partial(jax.jit, donate_argnums=(0, 1))
+            @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=QUICK)
             def update(params: Tree, state: optax.OptState, given_grads: Tree) -> tuple[Any, ...]:
                 loss, grads = jax.value_and_grad(run)(params) if given_grads is None else (0.0, given_grads)
                 changes, state = tx.update(grads, state, params)
