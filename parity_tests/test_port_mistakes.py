@@ -8,7 +8,7 @@ import llama
 import llama_pair
 import numpy as np
 import pytest
-from port_mistakes import MISTAKES, changed
+from port_mistakes import MISTAKES, STORY, changed, draft
 
 from flaxgpt.port.check import check
 
@@ -44,13 +44,13 @@ def drawn(seed):
     draw = np.random.default_rng(seed)
     H, K = int(2 * draw.integers(1, 9)), int(draw.integers(1, 4))
     N = K * int(draw.integers(1, 4))
-    sizes = {"V": draw.integers(20, 300), "D": N * H, "F": draw.integers(3, 100), "N": N, "K": K, "layers": draw.integers(1, 4)}
+    sizes = {"V": draw.integers(20, 300), "D": N * H, "F": draw.integers(3, 100), "N": N, "K": K, "layers": draw.integers(1, 3)}
     return {name: int(size) for name, size in {**sizes, "B": draw.integers(1, 5), "T": draw.integers(4, 33)}.items()}
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 50))])
 def test_a_correct_port_gives_no_false_alarm(seed):
-    verdict = check(llama_pair.make_pair(seed=seed, **drawn(seed)), ("activations", "loss", "gradients", "clipping", "adamw", "training"))
+    verdict = check(llama_pair.make_pair(seed=seed, **drawn(seed)), ("activations", "loss", "gradients"))
     assert verdict.passed, (drawn(seed), [row for result in verdict.results for row in result.failures][:3])
 
 
@@ -76,3 +76,21 @@ def test_what_is_no_usual_suspect_is_described_and_not_blamed_on_one(name, old, 
 def test_the_table_in_the_docs_is_the_catalogue():
     rows = re.findall(r"^\| ([^|]+) \| (llama|gpt2) \| `([^|]+)` \| ([^|]+) \|$", PORT_PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert rows == [(mistake.name, mistake.port, mistake.first, mistake.says) for mistake in MISTAKES]
+
+
+def without_figures(text):
+    return re.sub(r"\d(\.\d+)?e[+-]\d+", "#", " ".join(text.split()))
+
+
+@pytest.mark.slow
+def test_the_story_in_the_docs_is_what_the_tool_says():
+    page, left = without_figures(PORT_PAGE.read_text(encoding="utf-8")), STORY
+    told = []
+    while not (verdict := check(draft(*left), FORWARD)).passed:
+        told.append(" ".join(verdict.diagnosis))
+        assert without_figures(told[-1]) in page, f"docs/port.md tells another story: {told[-1]}"
+        fixed = [name for name in left if next(m for m in MISTAKES if m.name == name).says.split(" in the port")[0] in told[-1]]
+        assert fixed, f"nothing that is left in the draft was named: {told[-1]}"
+        left = tuple(name for name in left if name not in fixed)
+    assert not left
+    assert len(told) == 3

@@ -47,9 +47,8 @@ class Diagnosis:
         if self.cause is None:
             return [self.where, f"none of the usual suspects explains it; {self.look}"]
         changes = "; ".join(f"{option}: {port} in the port, {reference} in the reference" for option, port, reference in self.cause.changes)
-        article = "an" if self.cause.family[0] in "aeiou" else "a"
         agreement = f"agrees with the port to {self.cause.agreement:.0e}" if self.cause.agreement else "is the port's to the last bit"
-        return [self.where, f"{changes} ({article} {self.cause.family} so computed {agreement})"]
+        return [self.where, f"{changes} (so computed, it {agreement})"]
 
 
 def diagnose(
