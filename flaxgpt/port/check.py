@@ -19,9 +19,9 @@ import numpy as np
 from flaxgpt.errors import InputError
 from flaxgpt.parity.compare import Measurement, Result, first_divergence, relative
 from flaxgpt.port.explain import explain
-from flaxgpt.port.names import Link, Table
+from flaxgpt.port.names import Link, Table, closest
 from flaxgpt.port.pair import Pair
-from flaxgpt.port.recorder import OUTPUT, AdamW, Recorder, Recording, Tensors, probe
+from flaxgpt.port.recorder import OUTPUT, AdamW, Recorder, Recording, Tensors, matches, probe
 from flaxgpt.port.spill import Spilled
 
 RUNGS = ("parameters", "activations", "loss", "gradients", "clipping", "adamw", "training")
@@ -244,10 +244,31 @@ class Climb:
         return Run(*(Spilled(x, folder / part) for part, x in parts.items()), record.loss, record.unusable)
 
     def output_links(self) -> list[Link]:
-        """Which outputs are compared."""
+        """Which outputs are compared.
+
+        Raises:
+            InputError: a name that is on neither side, a module in the table that returns no array, or nothing to compare.
+        """
         ours, theirs = self.run("reference", "float64"), self.run("port", "float64")
-        others = {*self.shapes["reference"], *self.shapes["port"], *ours.unusable, *theirs.unusable}
-        return self.table.outputs(ours.outputs, theirs.outputs, others)
+        for side, run in (("reference", ours), ("port", theirs)):
+            self._check_taken(side, run)
+        others = {*self.shapes["reference"], *self.shapes["port"]}
+        links = self.table.outputs(ours.outputs, theirs.outputs, {*others, *ours.unusable, *theirs.unusable})
+        if all(link.reference == (OUTPUT,) for link in links) and len(ours.outputs) > 1:
+            some = ", ".join([*ours.outputs][:3]), ", ".join([*theirs.outputs][:3])
+            raise InputError(f"the table pairs no module of the reference ({some[0]}, ...) with one of the port ({some[1]}, ...)")
+        return links
+
+    def _check_taken(self, side: str, run: Run) -> None:
+        for name, what in run.unusable.items():
+            if self.table.has(name, side):
+                raise InputError(
+                    f'{name} of the {side} returns {what}, which has no array: say which element to take, as in take={{"{name}": 0}} '
+                    "(an index, a key or a function of what it returns), or leave it out of the table"
+                )
+        for pattern in self.recorder(side).take:
+            if not any(matches(pattern, name) for name in (*run.outputs, *run.unusable)):
+                raise InputError(f"take: the {side} has no module {pattern}{closest(pattern, run.outputs)}")
 
     def output_rows(self, part: str) -> list[Row]:
         """A row for each output, of that part of a run: "outputs" or "output_gradients"."""

@@ -139,7 +139,10 @@ class JaxRecorder:
         with precision(dtype):
             _, stacked = self.template(batch)
             wide = _at_least_float32(dtype)
-            params, given = self._params(batch, parameters, wide), on_device(batch, dtype)
+            params = jax.tree.map(
+                jnp.copy, self._params(batch, parameters, wide)
+            )  # an update donates them, and they may be the model's own
+            given = on_device(batch, dtype)
             tx = self.optimizer or make_optimizer(settings)
             fixed = None if gradients is None else restored(gradients, params, stacked, wide)
             state = tx.init(params)

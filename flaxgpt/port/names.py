@@ -139,9 +139,7 @@ class Table:
         """
         links, faults = self._links(reference, port, complete=True)
         linked = [name for link in links for name in link.port]
-        faults += [
-            f"{name} of the port has no parameter of the reference{_closest(name, reference)}" for name in port if name not in linked
-        ]
+        faults += [f"{name} of the port has no parameter of the reference{closest(name, reference)}" for name in port if name not in linked]
         faults += [f"{name} of the port has several" for name in sorted({name for name in linked if linked.count(name) > 1})]
         for link in links:
             try:
@@ -168,10 +166,15 @@ class Table:
         for ours, theirs, _ in self.rows:
             for pattern, known, side in [(p, reference, "reference") for p in ours] + [(p, port, "port") for p in theirs]:
                 if not any(_below(pattern, name) is not None for name in (*known, *others)):
-                    faults.append(f"{pattern}: there is no such name in the {side}{_closest(pattern, [*known, *others])}")
+                    faults.append(f"{pattern}: there is no such name in the {side}{closest(pattern, [*known, *others])}")
         if faults:
             raise InputError("the table of names does not fit the models: " + "; ".join(faults))
         return links
+
+    def has(self, name: str, side: str) -> bool:
+        """Whether a row is about this module, of the "reference" or of the "port", and not only about what it is part of."""
+        patterns = [pattern for ours, theirs, _ in self.rows for pattern in (ours if side == "reference" else theirs)]
+        return any(_below(pattern, name) is not None and _below(pattern, name)[1] == "" for pattern in patterns)
 
     def counterpart(self, name: str, port: Collection[str]) -> str:
         """What the port calls a parameter of the reference."""
@@ -189,7 +192,7 @@ class Table:
             if link is None or not all(other in port for other in link.port):
                 if complete:
                     wanted = "" if link is None else f" (looked for: {', '.join(link.port)})"
-                    faults.append(f"{name} of the reference has no parameter of the port{wanted}{_closest(name, port)}")
+                    faults.append(f"{name} of the reference has no parameter of the port{wanted}{closest(name, port)}")
             elif all(other in reference for other in link.reference):
                 links.setdefault(link.reference, link)
         last = {link: max([*reference].index(name) for name in link.reference) for link in links.values()} if len(links) else {}
@@ -209,11 +212,6 @@ class Table:
         ours_full = tuple(_filled(one, numbers) + rest for one in ours)
         theirs_full = tuple(_leaf(_filled(one, numbers) + rest, rest, port, name) for one in theirs)
         return Link(ours_full, theirs_full, pattern if rest == "" else None)
-
-
-def proposed(name: str, known: Iterable[str]) -> list[str]:
-    """The names most like this one."""
-    return difflib.get_close_matches(name, [*known], n=3, cutoff=0.4)
 
 
 _SAME_LEAF = ({"weight", "kernel", "scale", "embedding", "gamma"}, {"bias", "shift", "beta"})
@@ -295,6 +293,7 @@ def _order(before: tuple[int, ...], after: tuple[int, ...]) -> list[int]:
     return order
 
 
-def _closest(name: str, known: Iterable[str]) -> str:
-    found = proposed(name, known)
+def closest(name: str, known: Iterable[str]) -> str:
+    """The names most like this one, for the end of a message."""
+    found = difflib.get_close_matches(name, [*known], n=3, cutoff=0.4)
     return f" (closest: {', '.join(found)})" if found else ""

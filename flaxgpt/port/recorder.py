@@ -73,6 +73,7 @@ class Recorder(Protocol):
 
     side: str
     """What to call it in a message: "torch", "linen"."""
+    take: Take
 
     def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
         """The shape of each parameter, by name; layers that are stacked in one array are taken apart."""
@@ -143,10 +144,12 @@ def probe(shape: tuple[int, ...]) -> np.ndarray:
 
 def taker(name: str, take: Take) -> int | str | Callable[[object], object] | None:
     """Which element of this module's result is its output; None: not said."""
-    for pattern, how in take.items():
-        if re.fullmatch(re.escape(pattern).replace(re.escape("{}"), r"\d+"), name):
-            return how
-    return None
+    return next((how for pattern, how in take.items() if matches(pattern, name)), None)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether it is this name, with a number for {}."""
+    return re.fullmatch(re.escape(pattern).replace(re.escape("{}"), r"\d+"), name) is not None
 
 
 def taken(name: str, result: object, how: int | str | Callable[[object], object]) -> object:
@@ -158,7 +161,7 @@ def taken(name: str, result: object, how: int | str | Callable[[object], object]
     try:
         if callable(how):
             return how(result)
-        return getattr(result, how) if isinstance(how, str) and hasattr(result, how) else result[how]
+        return getattr(result, how) if isinstance(how, str) and not isinstance(result, Mapping) else result[how]
     except (LookupError, TypeError, AttributeError):
         raise InputError(f"take: {name} returns {kind_of(result)}, which has no element {how!r}") from None
 
