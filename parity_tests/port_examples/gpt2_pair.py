@@ -41,6 +41,8 @@ def make_pair(module=gpt2, names=NAMES, seed=0, **sizes):
         n_layer=s["layers"],
         attn_implementation="eager",
         initializer_range=s["D"] ** -0.5,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(config)
