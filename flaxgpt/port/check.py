@@ -324,18 +324,18 @@ class Climb:
     def _figures(self, row: Row, typical: float) -> dict[str, float]:
         truth = row.of("reference", "float64")
         # A tensor of zeros is measured by what a trillionth of the others' size would be.
-        scale = row.scale or max(float(np.linalg.norm(truth.astype(np.float64))), 2.0**-40 * typical * truth.size**0.5)
+        scale = row.scale or max(_norm(truth), 2.0**-40 * typical * truth.size**0.5)
         exact, own = row.of("port", "float64"), {side: row.of(side, "float32") for side in ("reference", "port")}
         figures = {
-            "exact": relative(exact, truth, scale),
-            "reference": relative(own["reference"], truth, scale),
-            "port": relative(own["port"], exact, scale),
-            "difference": relative(own["port"], own["reference"], scale),
-            "error": relative(own["port"], truth, scale),
+            "exact": _apart(exact, truth, scale),
+            "reference": _apart(own["reference"], truth, scale),
+            "port": _apart(own["port"], exact, scale),
+            "difference": _apart(own["port"], own["reference"], scale),
+            "error": _apart(own["port"], truth, scale),
         }
         if self.dtype == "bfloat16":
             a, b = (row.of(side, "bfloat16") for side in ("port", "reference"))
-            figures |= {"difference": relative(a, b, scale), "error": relative(a, truth, scale), "theirs": relative(b, truth, scale)}
+            figures |= {"difference": _apart(a, b, scale), "error": _apart(a, truth, scale), "theirs": _apart(b, truth, scale)}
         return figures
 
     def _bounded(self, name: str, f: dict[str, float], floors: dict[str, float]) -> Measurement:
@@ -354,4 +354,18 @@ class Climb:
 
 
 def _rms(x: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64)))) if x.size else 0.0
+    return _norm(x) / x.size**0.5 if x.size else 0.0
+
+
+def _apart(a: np.ndarray, b: np.ndarray, scale: float) -> float:
+    """||a - b|| / scale; 0 for equal arrays."""
+    distance = _norm(a, b)
+    return 0.0 if distance == 0 else distance / scale if scale else float("inf")
+
+
+def _norm(a: np.ndarray, b: np.ndarray | float = 0.0) -> float:
+    """||a - b||, added up in float64, some rows at a time: of a tensor of half a gigabyte there is no second one."""
+    a, b = np.atleast_1d(a), np.broadcast_to(b, np.atleast_1d(a).shape)
+    rows = max(1, 2**20 * len(a) // max(1, a.size))
+    parts = (a[i : i + rows].astype(np.float64) - b[i : i + rows] for i in range(0, len(a), rows))
+    return float(np.sqrt(sum(np.square(part).sum() for part in parts)))

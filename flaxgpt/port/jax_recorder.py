@@ -88,7 +88,7 @@ class JaxRecorder:
                 return loss, gradients, tape.outputs, tape.inputs, tape.gradients
 
         with precision(dtype):
-            found = jax.jit(run, compiler_options=QUICK)(self._params(batch, parameters, dtype), on_device(batch, dtype))
+            found = jax.jit(run, donate_argnums=0, compiler_options=QUICK)(self._params(batch, parameters, dtype), on_device(batch, dtype))
             loss, gradients, outputs, inputs, backward = jax.tree.map(to_numpy, jax.device_get(found))
         outputs = {name: outputs[name] for name in tapes[0].outputs}  # a jitted function returns dicts in the order of their keys
         backward = {name: backward[name] for name in reversed(outputs) if name in backward}
@@ -165,9 +165,10 @@ class JaxRecorder:
         return ({"loss": np.array(losses)} if losses else {}) | after
 
     def _params(self, batch: Batch, parameters: Tensors | None, dtype: str) -> Tree:
+        """A copy, which may be donated."""
         tree, stacked = self.template(batch)
         if parameters is None:
-            return jax.tree.map(lambda x: jnp.asarray(x, dtype), self.own())
+            return jax.tree.map(lambda x: jnp.array(x, dtype), self.own())
         return restored(parameters, tree, stacked, dtype)
 
     def _output(self, params: Tree, given: Any, batch: Batch, dtype: str, tape: Tape | None) -> jax.Array:
@@ -228,8 +229,8 @@ def restored(arrays: Tensors, tree: Tree, stacked: Mapping[str, int], dtype: Any
         name = dotted(path)
         prefix = _prefix(name, stacked)
         if prefix is None:
-            return jnp.asarray(arrays[name], dtype)
-        return jnp.asarray(np.stack([arrays[f"{prefix}.{i}{name[len(prefix) :]}"] for i in range(stacked[prefix])]), dtype)
+            return jnp.array(arrays[name], dtype)
+        return jnp.array(np.stack([arrays[f"{prefix}.{i}{name[len(prefix) :]}"] for i in range(stacked[prefix])]), dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 

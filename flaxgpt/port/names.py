@@ -189,16 +189,16 @@ class Table:
         faults = []
         for name in reference:
             link = self._link(name, reference, port)
-            if link is None or not all(other in port for other in link.port):
+            if not all(other in port for other in link.port):
                 if complete:
-                    wanted = "" if link is None else f" (looked for: {', '.join(link.port)})"
-                    faults.append(f"{name} of the reference has no parameter of the port{wanted}{closest(name, port)}")
+                    wanted = f" (looked for: {', '.join(link.port)})"
+                    faults.append(f"{name} of the reference has no parameter of the port{wanted}{closest(link.port[0], port)}")
             elif all(other in reference for other in link.reference):
                 links.setdefault(link.reference, link)
         last = {link: max([*reference].index(name) for name in link.reference) for link in links.values()} if len(links) else {}
         return sorted(links.values(), key=last.__getitem__), faults
 
-    def _link(self, name: str, reference: Shapes, port: Shapes) -> Link | None:
+    def _link(self, name: str, reference: Shapes, port: Shapes) -> Link:
         """What the row that says most about this name makes of it."""
         matches = [
             (len(ours[i]), ours, theirs, pattern, *found)

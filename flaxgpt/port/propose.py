@@ -76,15 +76,16 @@ AS_IT_IS = "a b -> a b"
 
 def _layers(shapes: Mapping[str, Shape]) -> dict[str, list[Shape]]:
     """Names with {} for the numbers -> the shapes of all that are so called."""
-    groups: dict[str, list[Shape]] = {}
-    for name, shape in shapes.items():
-        groups.setdefault(re.sub(r"(?<![^._])\d+(?=\.)|(?<=[a-z])\d+(?=\.)", "{}", name, count=1), []).append(tuple(shape))
-    by_name = {}
-    for pattern, group in groups.items():
-        if len(group) == 1:  # a number that is no layer's: "norm1"
-            pattern = next(name for name in shapes if re.fullmatch(re.escape(pattern).replace(re.escape("{}"), r"\d+"), name))
-        by_name[pattern] = group
-    return by_name
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        groups.setdefault(re.sub(r"(?<![^._])\d+(?=\.)|(?<=[a-z])\d+(?=\.)", "{}", name, count=1), []).append(name)
+    found: dict[str, list[Shape]] = {}
+    for pattern, names in groups.items():
+        if len(names) > 1 and len({tuple(shapes[name]) for name in names}) == 1:
+            found[pattern] = [tuple(shapes[name]) for name in names]
+        else:  # numbers that are no layers': "norm1", or the parts of a Sequential
+            found |= {name: [tuple(shapes[name])] for name in names}
+    return found
 
 
 def _fits(a: str, several: Sequence[str], ours: Sequence[Shape], theirs: Sequence[Sequence[Shape]], pattern: str | None) -> bool:

@@ -59,7 +59,7 @@ class TorchRecorder:
 
     def parameters(self, batch: Batch) -> Tensors:
         """The model's own parameters."""
-        return {name: _numpy(parameter) for name, parameter in self.model.named_parameters()}
+        return {name: _shared(parameter) for name, parameter in self.model.named_parameters()}
 
     def record(self, batch: Batch, dtype: str, parameters: Tensors | None = None, cotangent: Cotangent | None = None) -> Recording:
         """One forward and backward pass."""
@@ -96,7 +96,7 @@ class TorchRecorder:
             watch(OUTPUT, output)
             loss = self._loss(output, given, cotangent)
         loss.backward()
-        own = {name: _numpy(torch.zeros_like(p) if p.grad is None else p.grad) for name, p in model.named_parameters()}
+        own = {name: _shared(torch.zeros_like(p) if p.grad is None else p.grad) for name, p in model.named_parameters()}
         backward = {name: gradients[name] for name in reversed(record.outputs) if name in gradients}
         return Recording(record.outputs, record.inputs, backward, own, _numpy(loss), record.classes, record.unusable)
 
@@ -302,5 +302,11 @@ def _set_gradients(model: nn.Module, gradients: Tensors) -> None:
 
 
 def _numpy(x: torch.Tensor) -> np.ndarray:
+    """A copy: the next module may write to the tensor."""
+    return _shared(x).copy()
+
+
+def _shared(x: torch.Tensor) -> np.ndarray:
+    """The tensor's own memory, where NumPy can read it; bfloat16 as float32."""
     x = x.detach().cpu()
-    return (x.float() if x.dtype == torch.bfloat16 else x).numpy().copy()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
