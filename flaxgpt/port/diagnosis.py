@@ -130,9 +130,12 @@ def _before(name: str, reference: Recording, port: Recording) -> Iterator[dict[s
     """Places between modules: what was computed before, within the same module around."""
     around = _enclosing(name, reference.inputs)
     outer, names = next(iter(around), ""), list(reference.outputs)
-    later = [x for x in names[names.index(name) + 1 :] if x not in around and x in port.outputs and _is_in(x, outer)]
+    later: dict[str, np.ndarray] = {}
+    for other in sorted(names[names.index(name) + 1 :], key=lambda other: other.count(".")):
+        if other not in around and other in port.outputs and _is_in(other, outer):
+            _add(later, other, port.outputs[other])
     for place in _between(outer, names[: names.index(name)], reference, port):
-        yield place | {"later": {x: _exact(port.outputs[x]) for x in later}}
+        yield place | {"later": {other: _exact(x) for other, x in later.items()}}
 
 
 def _inside(name: str, reference: Recording, port: Recording, parameters: Tensors) -> Iterator[dict[str, object]]:
