@@ -55,7 +55,12 @@ def test_a_room_says_in_one_line_what_it_holds(room):
     assert docstring.splitlines()[0].endswith("."), f"the first line of {room}/__init__.py is no sentence"
 
 
-TWINS = {"torch_side.py": "flax_side.py", "huggingface_side.py": "flax_side.py"}
+TWINS = {
+    "torch_side.py": "flax_side.py",
+    "huggingface_side.py": "flax_side.py",
+    "torch_recorder.py": "jax_recorder.py",
+    "wide.py": "jax_recorder.py",  # which refuses a model that casts to float32 where float64 is asked for
+}
 
 
 def test_a_file_of_the_reference_has_its_twin_at_the_same_path():

@@ -55,7 +55,7 @@ class Measurement:
     @property
     def kind(self) -> str:
         """The first word of the name: the kind of tensor, which BOUNDS has a bound for."""
-        return re.match("[a-z_]+", self.name)[0]
+        return re.match("[a-z_]*", self.name)[0]
 
 
 @dataclass(frozen=True)

@@ -41,19 +41,20 @@ def save_replay_plot(rows: list[dict[str, float]], path: Path, title: str) -> No
     save_figure(figure, path)
 
 
-def save_parity_plot(panels: Mapping[str, Sequence[tuple[str, Measurement]]], path: Path, reference: str) -> None:
+def save_parity_plot(panels: Mapping[str, Sequence[tuple[str, Measurement]]], path: Path, reference: str, port: str = "flaxgpt") -> None:
     """Relative differences of tensors in the order in which they are computed, on a log scale.
 
     Args:
         panels: title -> (tensor's name, its measurement) for each of its points.
         path: where to write it, as a PNG.
         reference: what flaxgpt is compared with.
+        port: what is, if not flaxgpt.
     """
     longest = max(len(rows) for rows in panels.values())
     figure = Figure(figsize=(min(max(8.0, 0.16 * longest), 24.0), 4.2 * len(panels)), layout="constrained")
     columns = (
-        (f"flaxgpt against {reference}", "difference", "o-", "C3"),
-        ("flaxgpt's own error", "error_flaxgpt", ".--", "C0"),
+        (f"{port} against {reference}", "difference", "o-", "C3"),
+        (f"{port}'s own error", "error_flaxgpt", ".--", "C0"),
         (f"{reference}'s own error", "error_reference", ".--", "C1"),
         ("both in float64", "exact", "s-", "C2"),
     )
@@ -64,7 +65,7 @@ def save_parity_plot(panels: Mapping[str, Sequence[tuple[str, Measurement]]], pa
                 axes.semilogy(*zip(*points, strict=True), style, color=color, markersize=4, linewidth=1, label=label)
         for column, color in (("bound", "C3"), ("exact_bound", "C2")):
             axes.step(range(len(rows)), [getattr(row, column) for _, row in rows], where="mid", color=color, alpha=0.35, linewidth=3)
-        block = [re.match(r"trf_blocks\.(\d+)", name) for name, _ in rows]
+        block = [re.match(r"\D*\.(\d+)(?=\.|$)", name) for name, _ in rows]
         starts = [x for x in range(len(rows)) if x == 0 or (block[x] and block[x][1]) != (block[x - 1] and block[x - 1][1])]
         for x in starts[1:]:
             axes.axvline(x - 0.5, color="0.8", linewidth=0.8)

@@ -18,9 +18,9 @@ from flaxgpt.parity.plots import save_parity_plot
 _WIDTHS = (27, 7, 10, 8, 8, 12, 8, 8, 6, 0)
 
 
-def header(reference: str) -> str:
-    """The first line of the table; `reference` is what flaxgpt is compared with, here and below."""
-    return _line(_titles(reference))
+def header(reference: str, port: str = "flaxgpt") -> str:
+    """The first line of the table; `reference` is what flaxgpt, or another port, is compared with, here and below."""
+    return _line(_titles(reference, port))
 
 
 def lines(result: Result) -> list[str]:
@@ -54,29 +54,36 @@ def to_json(results: Sequence[Result], about: dict[str, object]) -> str:
     return json.dumps(whole, indent=1, allow_nan=False) + "\n"
 
 
-def to_html(results: Sequence[Result], about: dict[str, object], plot: Path | None, reference: str) -> str:
-    """One page that needs nothing else: the verdict, what was run, the table, the plot."""
+def to_html(
+    results: Sequence[Result],
+    about: dict[str, object],
+    plot: Path | None,
+    reference: str,
+    port: str = "flaxgpt",
+    diagnosis: Sequence[str] = (),
+) -> str:
+    """One page that needs nothing else: the verdict, what explains it, what was run, the table, the plot."""
     passed = all(result.passed for result in results)
     image = f'<img alt="difference by layer" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">' if plot else ""
     rows = "\n".join(
         f'<tr class="{row[8]}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for r in results for row in _table(r)
     )
     facts = "\n".join(f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(_fact(value))}</td></tr>" for name, value in about.items())
-    titles = "".join(f"<th>{title}</th>" for title in _titles(reference))
+    titles = "".join(f"<th>{title}</th>" for title in _titles(reference, port))
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>flaxgpt against {reference}: parity report</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>{port} against {reference}: parity report</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
 td, th {{ padding: .15rem .7rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }}
 tr.FAILED td {{ background: #fdd }} img {{ max-width: 100% }} .verdict {{ white-space: pre-line; font-weight: 600 }}
 .verdict.passed {{ color: #170 }} .verdict.failed {{ color: #b00 }}
 </style></head><body>
-<h1>flaxgpt against {reference}</h1>
-<p class="verdict {"passed" if passed else "failed"}">{html.escape(chr(10).join(verdict(results)))}</p>
+<h1>{port} against {reference}</h1>
+<p class="verdict {"passed" if passed else "failed"}">{html.escape(chr(10).join([*verdict(results), *diagnosis]))}</p>
 <table><tr>{titles}</tr>
 {rows}
 </table>
-<p>{html.escape(_legend(reference))}</p>
+<p>{html.escape(_legend(reference, port))}</p>
 {image}
 <h2>What was run</h2>
 <table>
@@ -86,7 +93,7 @@ tr.FAILED td {{ background: #fdd }} img {{ max-width: 100% }} .verdict {{ white-
 """
 
 
-def save_plot(results: Sequence[Result], path: Path, reference: str) -> bool:
+def save_plot(results: Sequence[Result], path: Path, reference: str, port: str = "flaxgpt") -> bool:
     """Differences by layer, forward and backward, as a PNG; False, and no file, if neither rung was climbed."""
     wanted = {result.rung: result.rows for result in results}
     panels = {
@@ -97,25 +104,25 @@ def save_plot(results: Sequence[Result], path: Path, reference: str) -> bool:
     }
     panels = {title: rows for title, rows in panels.items() if rows}
     if panels:
-        save_parity_plot(panels, path, reference)
+        save_parity_plot(panels, path, reference, port)
     return bool(panels)
 
 
-def _titles(reference: str) -> tuple[str, ...]:
-    return "rung", "tensors", "difference", "bound", "flaxgpt", reference, "float64", "bound", "", "worst tensor"
+def _titles(reference: str, port: str) -> tuple[str, ...]:
+    return "rung", "tensors", "difference", "bound", port, reference, "float64", "bound", "", "worst tensor"
 
 
-def _legend(reference: str) -> str:
+def _legend(reference: str, port: str) -> str:
     return (
         "Differences are ||a - b|| / ||b|| of a tensor; those of parameters after updates are relative to how far they moved. "
-        f"difference: flaxgpt against {reference}. flaxgpt, {reference}: each side's own error against {reference} in float64. "
+        f"difference: {port} against {reference}. {port}, {reference}: each side's own error against {reference} in float64. "
         "float64: both sides in float64. "
         "Each column has its largest value; the tensor is the one closest to its bound, or furthest beyond it."
     )
 
 
 def _table(result: Result) -> list[tuple[str, ...]]:
-    number = RUNGS.index(result.rung) + 1
+    number = f"{RUNGS.index(result.rung) + 1} " if result.rung in RUNGS else ""
     table = []
     groups = _by_kind(result)
     for rows in groups:
@@ -124,7 +131,7 @@ def _table(result: Result) -> list[tuple[str, ...]]:
         columns = [_largest(rows, column) for column in ("difference", "bound", "error_flaxgpt", "error_reference", "exact")]
         exact_bound = f"{worst.exact_bound:.0e}" if worst.exact is not None else "-"
         passed = "passed" if all(row.passed for row in rows) else "FAILED"
-        table.append((f"{number} {result.rung}{kind}", str(len(rows)), *columns, exact_bound, passed, worst.name))
+        table.append((f"{number}{result.rung}{kind}", str(len(rows)), *columns, exact_bound, passed, worst.name))
     return table
 
 

@@ -1,0 +1,1 @@
+"""Checking anybody's port: two models recorded, compared and, where they part, diagnosed."""

@@ -1,0 +1,56 @@
+"""From what a check has recorded to a diagnosis of the first tensor that parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flaxgpt.port.description import describe
+from flaxgpt.port.diagnosis import diagnose
+from flaxgpt.port.names import Link
+from flaxgpt.port.recorder import Recording
+
+if TYPE_CHECKING:
+    from flaxgpt.port.check import Climb
+
+
+def explain(climb: Climb, first: Mapping[str, str | None]) -> list[str]:
+    """Lines on the first output that parts, or, where all outputs agree, on the first gradient."""
+    if first["forward"]:
+        link = next(link for link in climb.output_links() if first["forward"] in link.rows())
+        if len(link.reference) == len(link.port) == 1:
+            return _of_output(climb, link)
+        row = next(row for row in climb.output_rows("outputs") if row.name == first["forward"])
+        return [describe(row.of("reference", "float64"), row.of("port", "float64"))]
+    rows = [row for row in climb.gradient_rows() if row.name == first["backward"]]
+    return [f"{row.name}: {describe(row.of('reference', 'float64'), row.of('port', 'float64'))}" for row in rows]
+
+
+def _of_output(climb: Climb, link: Link) -> list[str]:
+    batch, port = climb.pair.batch, climb.run("port", "float64")
+    links = {link.reference[0]: link for link in climb.output_links() if len(link.reference) == len(link.port) == 1}
+    shapes = {name: x.shape for name, x in climb.run("reference", "float64").outputs.items()}
+
+    def run(name: str, inputs: tuple[np.ndarray, ...]) -> np.ndarray | None:
+        if name not in links:
+            return None
+        output = climb.pair.port.run_submodule(batch, links[name].port[0], inputs, "float64", climb.start("port"))
+        return None if output is None else links[name].to_reference([output], [shapes[name]])[0]
+
+    outputs = {name: link.to_reference([port.outputs[link.port[0]]], [shapes[name]])[0] for name, link in links.items()}
+    inputs = _inputs(port.inputs)
+    ours = climb.run("reference", "float64")
+    reference = Recording({**ours.outputs}, _inputs(ours.inputs), {}, {}, ours.loss)
+    theirs = Recording(outputs, {name: inputs[link.port[0]] for name, link in links.items() if link.port[0] in inputs}, {}, {}, port.loss)
+    parameters = climb.pair.reference.parameters(batch)
+    return diagnose(link.reference[0], reference, theirs, parameters=parameters, batch=batch, run=run).lines
+
+
+def _inputs(flat: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, ...]]:
+    inputs: dict[str, tuple[np.ndarray, ...]] = {}
+    for key, x in flat.items():
+        name = key.partition("\n")[0]
+        inputs[name] = (*inputs.get(name, ()), x)
+    return inputs

@@ -1,0 +1,187 @@
+"""What is asked of a model that is to be compared: named NumPy arrays of what it computes.
+
+`TorchRecorder` of `torch_ref.port.torch_recorder` records any torch module; `LinenRecorder`, `NNXRecorder` and `FunctionRecorder` of this
+package record models in JAX.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+from flaxgpt.errors import InputError
+
+Tensors: TypeAlias = dict[str, np.ndarray]
+"""Arrays by name."""
+
+Batch: TypeAlias = "np.ndarray | tuple[np.ndarray, ...] | Mapping[str, np.ndarray]"
+"""What the models are called with: one array, several, or several by name."""
+
+Take: TypeAlias = "Mapping[str, int | str | Callable[[object], object]]"
+"""Which element of a module's result is its output, by name of the module ({} for a number): an index, a key, or a function of the result.
+Of a module that is not named, it is the first array in what it returns."""
+
+Cotangent: TypeAlias = Callable[[tuple[int, ...]], np.ndarray]
+"""The shape of the model's output -> what to multiply it with."""
+
+OUTPUT = "<output>"
+"""The name of what the whole model returns."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """How the updates are made, where a recorder has no optimizer of its own. Gradients are clipped by their global norm first."""
+
+    learning_rate: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One forward and backward pass."""
+
+    outputs: Tensors
+    """What each module returns, by its name, in the order of computation; the model's own is OUTPUT. A module that is called again
+    has @1, @2 and so on after its name."""
+    inputs: dict[str, tuple[np.ndarray, ...]]
+    """The arrays that each module is called with, in order."""
+    output_gradients: Tensors
+    """Of the loss with respect to those outputs, where it depends on them, the last one first."""
+    parameter_gradients: Tensors
+    """Of the loss with respect to the parameters; zero where it does not depend on one."""
+    loss: np.ndarray
+    """(), the loss."""
+    classes: dict[str, str] = field(default_factory=dict)
+    """The class of each module, by its name."""
+    unusable: dict[str, str] = field(default_factory=dict)
+    """Modules that returned no array, and what they returned instead."""
+
+
+class Recorder(Protocol):
+    """What every recorder can do. The model itself is never changed.
+
+    A dtype is the precision to compute in: "float32", "bfloat16" or "float64". Where parameters are None, they are the model's own.
+    """
+
+    side: str
+    """What to call it in a message: "torch", "linen"."""
+    take: Take
+
+    def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter, by name; layers that are stacked in one array are taken apart."""
+
+    def parameters(self, batch: Batch) -> Tensors:
+        """The model's own parameters, in their own precision.
+
+        Raises:
+            InputError: it has none.
+        """
+
+    def record(self, batch: Batch, dtype: str, parameters: Tensors | None = None, cotangent: Cotangent | None = None) -> Recording:
+        """One forward and backward pass, without dropout.
+
+        Args:
+            batch: what the model is called with.
+            dtype: the precision.
+            parameters: to compute with.
+            cotangent: where the recorder was given no loss, the loss is the sum of the model's output times what this makes of its
+                shape, over the square root of its size; None: `probe`.
+
+        Raises:
+            InputError: the model refuses the batch.
+        """
+
+    def run_submodule(
+        self, batch: Batch, name: str, inputs: tuple[np.ndarray, ...], dtype: str, parameters: Tensors | None = None
+    ) -> np.ndarray | None:
+        """What one submodule alone returns for these inputs; None where this can't be done (a plain function has no modules).
+
+        Each array that the submodule is called with is replaced by the first of `inputs`, not used yet, of the same shape; what has no
+        such counterpart stays as it is in a pass over the batch.
+        """
+
+    def clip(self, gradients: Tensors, settings: AdamW, dtype: str) -> Tensors:
+        """The gradients clipped to the settings' norm, and the global "norm" () that they had."""
+
+    def train(
+        self,
+        batch: Batch,
+        settings: AdamW,
+        updates: int,
+        dtype: str,
+        parameters: Tensors | None = None,
+        gradients: Tensors | None = None,
+        cotangent: Cotangent | None = None,
+    ) -> Tensors:
+        """Some updates: clipped, then AdamW (or the recorder's own optimizer).
+
+        Args:
+            batch: that of all updates.
+            settings: of the optimizer.
+            updates: how many.
+            dtype: the precision.
+            parameters: to start with.
+            gradients: to make all updates with; None: the model's own.
+            cotangent: as in `record`.
+
+        Returns:
+            "loss" (updates,), before each of them, unless gradients are given; and "parameter/..." after the last.
+        """
+
+
+def probe(shape: tuple[int, ...]) -> np.ndarray:
+    """Random numbers, float32, the same for the same shape."""
+    return np.random.default_rng([0, *shape]).normal(size=shape).astype(np.float32)
+
+
+def taker(name: str, take: Take) -> int | str | Callable[[object], object] | None:
+    """Which element of this module's result is its output; None: not said."""
+    return next((how for pattern, how in take.items() if matches(pattern, name)), None)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether it is this name, with a number for {}."""
+    return re.fullmatch(re.escape(pattern).replace(re.escape("{}"), r"\d+"), name) is not None
+
+
+def taken(name: str, result: object, how: int | str | Callable[[object], object]) -> object:
+    """That element.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        if callable(how):
+            return how(result)
+        return getattr(result, how) if isinstance(how, str) and not isinstance(result, Mapping) else result[how]
+    except (LookupError, TypeError, AttributeError):
+        raise InputError(f"take: {name} returns {kind_of(result)}, which has no element {how!r}") from None
+
+
+def kind_of(result: object) -> str:
+    """What it is, in a message: "a tuple of (Tensor, DynamicCache)"."""
+    if isinstance(result, tuple | list) and type(result) in (tuple, list):
+        return f"a {type(result).__name__} of ({', '.join(type(x).__name__ for x in result)})"
+    if isinstance(result, Mapping):
+        return f"a {type(result).__name__} with {', '.join(map(str, result))}"
+    return f"a {type(result).__name__}"
+
+
+def refused(side: str, batch: Batch, error: Exception) -> InputError:
+    """The error that a model raised when it was called, as one that names the side and what it was called with."""
+    lines = str(error).strip().splitlines() or [""]
+    return InputError(f"the {side} model refuses the batch ({described(batch)}): {type(error).__name__}: {lines[0]}")
+
+
+def described(batch: Batch) -> str:
+    """Names, dtypes and shapes."""
+    named = batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, tuple) else (batch,)))
+    return ", ".join(f"{name}: {np.asarray(x).dtype}{list(np.shape(x))}" for name, x in named.items())

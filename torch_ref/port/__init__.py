@@ -1,0 +1,1 @@
+"""The torch half of `flaxgpt.port`: recording any nn.Module."""

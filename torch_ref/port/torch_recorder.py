@@ -1,0 +1,312 @@
+"""Recording any torch module, by hooks on a copy of it: a `flaxgpt.port.recorder.Recorder`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from flaxgpt.errors import InputError
+from flaxgpt.port.recorder import OUTPUT, AdamW, Batch, Cotangent, Recording, Take, Tensors, kind_of, probe, refused, taken, taker
+from torch_ref.port.wide import Wide
+
+
+class TorchRecorder:
+    """Records a torch module, in `eval()` mode.
+
+        TorchRecorder(model, call=lambda model, batch: model(batch["tokens"]).logits, loss=loss)
+
+    Everything is done to a copy, so the model stays as it is, whatever happens.
+    """
+
+    side = "torch"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        call: Callable[[nn.Module, Any], Any] | None = None,
+        loss: Callable[[torch.Tensor, Any], torch.Tensor] | None = None,
+        take: Take | None = None,
+        optimizer: Callable[[nn.Module], Callable[[int], object]] | None = None,
+        clip: Callable[[nn.Module], object] | None = None,
+        rebuild: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        """Nothing is run yet.
+
+        Args:
+            model: any module.
+            call: (model, batch) -> output, one tensor or a structure with the output first; None: the model called with the batch.
+            loss: (output, batch) -> (); None: a fixed random sum of the output.
+            take: which element of a module's result is its output: {"model.layers.{}.self_attn": 0}.
+            optimizer: model -> a function that makes update number n, from 0, of the run, clipping included; None: AdamW as `check` says.
+            clip: clips the gradients of a model and returns their norm; None: by global norm.
+            rebuild: makes such a model again. In float64 it is called with torch's default dtype float64, so that what the model computes
+                when it is made (the frequencies of rotary positions) is float64 too; None: that is as the model has it.
+        """
+        self.model, self.how, self.loss, self.take, self.rebuild = model, call or _called, loss, take or {}, rebuild
+        self.optimizer, self.clipping = optimizer, clip
+
+    def shapes(self, batch: Batch) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter; one that is tied to another is not there a second time."""
+        return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+
+    def parameters(self, batch: Batch) -> Tensors:
+        """The model's own parameters."""
+        return {name: _shared(parameter) for name, parameter in self.model.named_parameters()}
+
+    def record(self, batch: Batch, dtype: str, parameters: Tensors | None = None, cotangent: Cotangent | None = None) -> Recording:
+        """One forward and backward pass."""
+        model = self._copy(dtype, parameters)
+        record = Recording({}, {}, {}, {}, np.zeros(()))
+        gradients: Tensors = {}
+        calls: dict[str, int] = {}
+
+        def watch(name: str, output: torch.Tensor) -> None:
+            record.outputs[name] = _numpy(output)
+            if output.requires_grad:
+                output.register_hook(lambda gradient: gradients.__setitem__(name, _numpy(gradient)))
+
+        def before(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls[path] = calls.get(path, -1) + 1
+            record.inputs[_numbered(path, calls[path])] = tuple(_numpy(x) for x in _tensors((args, kwargs)))
+
+        def after(path: str, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            name = _numbered(path, calls[path])
+            record.classes[name] = type(module).__name__
+            output = _element(name, result, self.take)
+            if output is None:
+                record.unusable[name] = kind_of(result)
+            else:
+                watch(name, output)
+
+        with _precision(dtype), contextlib.ExitStack() as hooks:
+            for path, module in model.named_modules():
+                if path:
+                    hooks.callback(module.register_forward_pre_hook(functools.partial(before, path), with_kwargs=True).remove)
+                    hooks.callback(module.register_forward_hook(functools.partial(after, path)).remove)
+            given = _on_torch(batch, dtype)
+            output = self._output(model, given, batch)
+            watch(OUTPUT, output)
+            loss = self._loss(output, given, cotangent)
+        loss.backward()
+        own = {name: _shared(torch.zeros_like(p) if p.grad is None else p.grad) for name, p in model.named_parameters()}
+        backward = {name: gradients[name] for name in reversed(record.outputs) if name in gradients}
+        return Recording(record.outputs, record.inputs, backward, own, _numpy(loss), record.classes, record.unusable)
+
+    def run_submodule(
+        self, batch: Batch, name: str, inputs: tuple[np.ndarray, ...], dtype: str, parameters: Tensors | None = None
+    ) -> np.ndarray | None:
+        """What one submodule alone returns for these inputs."""
+        model = self._copy(dtype, parameters)
+        path, _, number = name.partition("@")
+        calls: list[None] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            calls.append(None)
+            if len(calls) - 1 != int(number or 0):
+                return None
+            given = [*inputs]
+            return _mapped(args, functools.partial(_replaced, given)), _mapped(kwargs, functools.partial(_replaced, given))
+
+        def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            if len(calls) - 1 == int(number or 0):
+                output = _element(name, result, self.take)
+                raise _Reached(None if output is None else _numpy(output))
+
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            return None
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after)
+        with _precision(dtype), torch.no_grad():
+            try:
+                self._output(model, _on_torch(batch, dtype), batch)
+            except _Reached as reached:
+                return reached.args[0]
+        return None
+
+    def clip(self, gradients: Tensors, settings: AdamW, dtype: str) -> Tensors:
+        """The gradients, clipped, and the norm that they had."""
+        model = self._copy("float64" if dtype == "float64" else "float32", None)
+        _set_gradients(model, gradients)
+        norm = self.clipping(model) if self.clipping else nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        return {"norm": np.asarray(norm), **{name: _numpy(p.grad) for name, p in model.named_parameters()}}
+
+    def train(
+        self,
+        batch: Batch,
+        settings: AdamW,
+        updates: int,
+        dtype: str,
+        parameters: Tensors | None = None,
+        gradients: Tensors | None = None,
+        cotangent: Cotangent | None = None,
+    ) -> Tensors:
+        """Some updates."""
+        model = self._copy(dtype, parameters)
+        update = self.optimizer(model) if self.optimizer else _adamw(model, settings)
+        given, losses = _on_torch(batch, dtype), []
+        for step in range(updates):
+            if gradients is None:
+                model.zero_grad()
+                with _precision(dtype):
+                    loss = self._loss(self._output(model, given, batch), given, cotangent)
+                loss.backward()
+                losses.append(_numpy(loss))
+            else:
+                _set_gradients(model, gradients)
+            update(step)
+        after = {f"parameter/{name}": _numpy(p) for name, p in model.named_parameters()}
+        return ({"loss": np.array(losses)} if losses else {}) | after
+
+    def _copy(self, dtype: str, parameters: Tensors | None) -> nn.Module:
+        """The model in float64, or (also for bfloat16, which is computed under autocast) in float32."""
+        wide = torch.float64 if dtype == "float64" else torch.float32
+        with torch.random.fork_rng(devices=[]):
+            if dtype == "float64" and self.rebuild:
+                model = _in_float64(self.rebuild)
+                model.load_state_dict({name: x.to(wide) if x.is_floating_point() else x for name, x in self.model.state_dict().items()})
+            else:
+                model = copy.deepcopy(self.model)
+        model = model.to("cpu", wide).eval().requires_grad_(True)
+        model.zero_grad()
+        if parameters is not None:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(torch.tensor(parameters[name]))
+        return model
+
+    def _output(self, model: nn.Module, given: Any, batch: Batch) -> torch.Tensor:
+        try:
+            result = self.how(model, given)
+        except (InputError, _Reached):
+            raise
+        except Exception as error:
+            raise refused(self.side, batch, error) from error
+        output = next(_tensors(result), None)
+        if output is None:
+            raise InputError(f"the torch model returns {kind_of(result)}: give the recorder a call that returns one tensor")
+        return output
+
+    def _loss(self, output: torch.Tensor, given: Any, cotangent: Cotangent | None) -> torch.Tensor:
+        if self.loss is not None:
+            return self.loss(output, given)
+        weights = (cotangent or probe)(tuple(output.shape))
+        return (output * torch.tensor(weights, dtype=output.dtype)).sum() / output.numel() ** 0.5
+
+
+class _Reached(Exception):  # noqa: N818 (it is no error)
+    """The submodule that was to run alone has run."""
+
+
+@contextlib.contextmanager
+def _precision(dtype: str) -> Iterator[None]:
+    if dtype == "float64":
+        with Wide():
+            yield
+    else:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            yield
+
+
+def _in_float64(build: Callable[[], nn.Module]) -> nn.Module:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Wide():
+            return build()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _adamw(model: nn.Module, settings: AdamW) -> Callable[[int], None]:
+    options = {"lr": settings.learning_rate, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=settings.weight_decay, **options)
+
+    def update(step: int) -> None:
+        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
+
+    return update
+
+
+def _called(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def _element(name: str, result: Any, take: Take) -> torch.Tensor | None:
+    how = taker(name, take)
+    if how is None:
+        return next(_tensors(result), None)
+    element = taken(name, result, how)
+    if not isinstance(element, torch.Tensor):
+        raise InputError(f"take: element {how!r} of what {name} returns is no tensor but {kind_of(element)}")
+    return element
+
+
+def _tensors(structure: Any) -> Iterator[torch.Tensor]:
+    """The tensors in it, in order."""
+    if isinstance(structure, torch.Tensor):
+        yield structure
+    elif isinstance(structure, Mapping):
+        yield from _tensors(tuple(structure.values()))
+    elif isinstance(structure, tuple | list):
+        for element in structure:
+            yield from _tensors(element)
+
+
+def _mapped(structure: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The structure with the function of each tensor in its place, in that order."""
+    if isinstance(structure, torch.Tensor):
+        return function(structure)
+    if isinstance(structure, dict):
+        return {key: _mapped(value, function) for key, value in structure.items()}
+    if type(structure) in (tuple, list):
+        return type(structure)(_mapped(element, function) for element in structure)
+    return structure
+
+
+def _replaced(given: list[np.ndarray], x: torch.Tensor) -> torch.Tensor:
+    match = next((i for i, array in enumerate(given) if array.shape == tuple(x.shape)), None)
+    return x if match is None else torch.tensor(given.pop(match), dtype=x.dtype)
+
+
+def _numbered(path: str, call: int) -> str:
+    return f"{path}@{call}" if call else path
+
+
+def _on_torch(batch: Any, dtype: str) -> Any:
+    if isinstance(batch, Mapping):
+        return {name: _on_torch(x, dtype) for name, x in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(_on_torch(x, dtype) for x in batch)
+    x = torch.tensor(np.asarray(batch))
+    if x.is_floating_point():
+        return x.to(torch.float64 if dtype == "float64" else torch.float32)
+    return x if x.dtype == torch.bool else x.long()
+
+
+def _set_gradients(model: nn.Module, gradients: Tensors) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.tensor(gradients[name], dtype=parameter.dtype)
+
+
+def _numpy(x: torch.Tensor) -> np.ndarray:
+    """A copy: the next module may write to the tensor."""
+    return _shared(x).copy()
+
+
+def _shared(x: torch.Tensor) -> np.ndarray:
+    """The tensor's own memory, where NumPy can read it; bfloat16 as float32."""
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()

@@ -1,0 +1,30 @@
+"""A torch model in float64 that stays there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class Wide(TorchFunctionMode):
+    """Within it, who asks torch for float32 gets float64.
+
+        with Wide():
+            model.double()(inputs)
+
+    Many models compute norms, softmax or rotary angles in float32, by casting to it. In bfloat16 that is wider than the rest; in float64 it
+    is narrower, and would leave a truth that is true to seven digits.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return func(*map(_widened, args), **{key: _widened(value) for key, value in (kwargs or {}).items()})
+
+
+def _widened(argument: Any) -> Any:
+    return torch.float64 if argument is torch.float32 else argument
