@@ -31,6 +31,7 @@ def test_a_planted_mistake_is_found_and_explained(mistake):
     assert mistake.suspect == (" in the port, " in said), "a cause is named only for what is on the list"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [llama_pair, gpt2_pair])
 def test_a_correct_port_passes_every_rung(pair):
     verdict = check(pair.make_pair())
