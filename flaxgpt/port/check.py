@@ -186,7 +186,7 @@ class Climb:
         norm = float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradients.values())))
         for share in (2.0, 0.5):
             scaled = {name: (g * (share * self.adam.clip_norm / norm)).astype(np.float32) for name, g in gradients.items()}
-            runs = self._both(lambda side, dtype, given=scaled: self.recorder(side).clip(self._for(side, given), self.adam, dtype))
+            runs = self._both(f"clipping-{share}", functools.partial(self._clipped, scaled))
             norm_row = Row("norm", lambda side, dtype, runs=runs: runs(side, dtype)["norm"])
             rows = self._measured("clipping", [norm_row, *self._rows_of("clipped", runs)])
             yield from (replace(row, name=f"{row.name} ({share:g} times the limit)") for row in rows)
@@ -200,24 +200,27 @@ class Climb:
         """The loss before each of some updates, and the parameters after them."""
         return self._trained("training", lambda side: None)
 
+    def _clipped(self, gradients: Tensors, side: str, dtype: str) -> Tensors:
+        return self.recorder(side).clip(self._for(side, gradients), self.adam, dtype)
+
     def _trained(self, rung: str, gradients: Callable[[str], Tensors | None]) -> list[Measurement]:
         """Parameters are compared by how far AdamW may move them: by its rate, each update."""
 
         def train(side: str, dtype: str) -> Tensors:
             settings = self.adam, self.updates, dtype, self.start(side), gradients(side)
-            return self.recorder(side).train(self.pair.batch, *settings, self.cotangent if side == "port" else None)
+            after = self.recorder(side).train(self.pair.batch, *settings, self.cotangent if side == "port" else None)
+            return {name.removeprefix("parameter/"): x for name, x in after.items()}
 
-        runs = self._both(train)
+        runs = self._both(rung, train)
         losses = [Row("loss", lambda side, dtype: runs(side, dtype)["loss"])] if rung == "training" else []
-        parts = self._both(lambda side, dtype: {n.removeprefix("parameter/"): x for n, x in runs(side, dtype).items() if n != "loss"})
-        return self._measured(rung, [*losses, *self._rows_of("parameter", parts, self.adam.learning_rate * self.updates)])
+        return self._measured(rung, [*losses, *self._rows_of("parameter", runs, self.adam.learning_rate * self.updates)])
 
     def _for(self, side: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
         return self.to_port(tensors) if side == "port" else {**tensors}
 
-    def _both(self, compute: Callable[[str, str], Tensors]) -> Callable[[str, str], Tensors]:
-        """What a side computes in a precision, computed once; clipping and updates of bfloat16 models are compared in their precision."""
-        return functools.cache(compute)
+    def _both(self, label: str, compute: Callable[[str, str], Tensors]) -> Callable[[str, str], Mapping[str, np.ndarray]]:
+        """What a side computes in a precision, computed once and kept in files."""
+        return functools.cache(lambda side, dtype: Spilled(compute(side, dtype), self.folder / label / f"{side}-{dtype}"))
 
     # rows
 
