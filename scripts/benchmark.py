@@ -213,7 +213,7 @@ def run(args: BenchmarkArgs, _: Rates) -> Iterator[Row]:
 
         return call
 
-    timed = {who: process(command) for who, command in commands.items() if wanted(args, who)}
+    timed = {who: process(command) for who, command in commands.items() if who == args.against or wanted(args, who)}
     yield from rows(f"a run of {args.preset}, {args.max_steps or 'all'} updates", timed, args.rounds, warm=False)
 
 

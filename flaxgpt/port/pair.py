@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flaxgpt.port.names import Names
@@ -26,5 +25,3 @@ class Pair:
     """The reference's names and the port's, where they differ (`flaxgpt.port.names`)."""
     convert: bool = True
     """Whether the port takes the reference's parameters, by the table of names. False: it has its own, converted by the user's own code."""
-    settings: Mapping[str, float] = field(default_factory=dict)
-    """Figures of the models that help the diagnosis: {"heads": 12, "eps": 1e-5}."""

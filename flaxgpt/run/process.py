@@ -36,11 +36,8 @@ def _keep_freed_memory() -> None:
 def _keep_compiled_programs() -> None:
     """Have JAX keep them in the cache folder, unless the environment says where, or that folder can't be written."""
     folder = cache_dir() / "programs"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
-    if os.access(folder, os.W_OK) and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    exists = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if os.access(exists, os.W_OK) and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAMS_BYTES))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
