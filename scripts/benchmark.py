@@ -83,7 +83,7 @@ class BenchmarkArgs:
     max_steps: int | None = None
     """Of run: updates, where not the preset's."""
     against: str | None = None
-    """Of run: another command to time beside, in the place of train_torch.py."""
+    """Of run: another command to time beside, in the place of train_torch.py; {folder} in it becomes a new folder."""
     rounds: int = 5
     """How often each is timed."""
     quick: bool = False
@@ -195,7 +195,7 @@ def run(args: BenchmarkArgs, _: Rates) -> Iterator[Row]:
     scripts = Path(__file__).parent
     steps = () if args.max_steps is None else ("--max-steps", str(args.max_steps))
     commands = {
-        name: [sys.executable, str(scripts / name), "--preset", args.preset, *steps, "--overwrite", "--out-dir", "run"]
+        name: [sys.executable, str(scripts / name), "--preset", args.preset, *steps, "--overwrite", "--out-dir", "{folder}/run"]
         for name in ("train_jax.py", "train_torch.py")
     }
     if args.against:
@@ -205,8 +205,8 @@ def run(args: BenchmarkArgs, _: Rates) -> Iterator[Row]:
         def call() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/programs"}
-                command[-1] = f"{folder}/run" if command[-2] == "--out-dir" else command[-1]
-                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                filled = [part.replace("{folder}", folder) for part in command]
+                done = subprocess.run(filled, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
                 if done.returncode:
                     last = (done.stdout.strip().splitlines() or ["nothing was printed"])[-1]
                     raise InputError(f"{shlex.join(command)} ended with {done.returncode}: {last}")
