@@ -49,8 +49,7 @@ class Measurement:
         if near is not None and self.error_flaxgpt is not None and not np.isnan(near):
             near = min(near, self.error_flaxgpt)
         pairs = ((near, self.bound), (self.exact, self.exact_bound))
-        shares = [value / bound if bound else (0.0 if value == 0 else np.inf) for value, bound in pairs if value is not None]
-        return max((np.inf if np.isnan(share) else float(share) for share in shares), default=0.0)
+        return max((share(value, bound) for value, bound in pairs if value is not None), default=0.0)
 
     @property
     def kind(self) -> str:
@@ -75,6 +74,13 @@ class Result:
     def failures(self) -> tuple[Measurement, ...]:
         """The rows that are not, in the order of computation: the first is where the sides diverge."""
         return tuple(row for row in self.rows if not row.passed)
+
+
+def share(value: float, bound: float) -> float:
+    """A difference over its bound; inf for nan, and for any difference where none is allowed."""
+    if np.isnan(value):
+        return np.inf
+    return float(value / bound) if bound else (0.0 if value == 0 else np.inf)
 
 
 def relative(a: np.ndarray, b: np.ndarray, scale: float | None = None) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flaxgpt.parity.bounds import BOUNDS
-from flaxgpt.parity.compare import Measurement, Result, first_divergence
+from flaxgpt.parity.compare import Measurement, Result, first_divergence, share
 from flaxgpt.parity.ladder import RUNGS
 from flaxgpt.parity.plots import save_parity_plot
 
@@ -117,7 +117,8 @@ def _legend(reference: str, port: str) -> str:
         "Differences are ||a - b|| / ||b|| of a tensor; those of parameters after updates are relative to how far they moved. "
         f"difference: {port} against {reference}. {port}, {reference}: each side's own error against {reference} in float64. "
         "float64: both sides in float64. "
-        "Each column has its largest value; the tensor is the one closest to its bound, or furthest beyond it."
+        "Of the tensors of a line, each difference is the one closest to its bound, or furthest beyond it, and each error the largest; "
+        "the worst tensor is closest of all."
     )
 
 
@@ -128,10 +129,10 @@ def _table(result: Result) -> list[tuple[str, ...]]:
     for rows in groups:
         worst = max(rows, key=lambda row: row.share_of_bound)
         kind = f": {rows[0].kind}" if len(groups) > 1 else ""
-        columns = [_largest(rows, column) for column in ("difference", "bound", "error_flaxgpt", "error_reference", "exact")]
-        exact_bound = f"{worst.exact_bound:.0e}" if worst.exact is not None else "-"
+        own = [_largest(rows, column) for column in ("error_flaxgpt", "error_reference")]
+        columns = (*_closest(rows, "difference", "bound"), *own, *_closest(rows, "exact", "exact_bound"))
         passed = "passed" if all(row.passed for row in rows) else "FAILED"
-        table.append((f"{number}{result.rung}{kind}", str(len(rows)), *columns, exact_bound, passed, worst.name))
+        table.append((f"{number}{result.rung}{kind}", str(len(rows)), *columns, passed, worst.name))
     return table
 
 
@@ -143,12 +144,18 @@ def _by_kind(result: Result) -> list[list[Measurement]]:
     return [[row for row in result.rows if row.kind == kind] for kind in kinds]
 
 
+def _closest(rows: Sequence[Measurement], column: str, bounds: str) -> tuple[str, str]:
+    """The value that is closest to its bound, or furthest beyond it, and that bound."""
+    pairs = [(value, getattr(row, bounds)) for row in rows if (value := getattr(row, column)) is not None]
+    if not pairs:
+        return "-", "-"
+    value, bound = max(pairs, key=lambda pair: (share(*pair), pair[0]))
+    return f"{value:.1e}", f"{bound:.0e}"
+
+
 def _largest(rows: Sequence[Measurement], column: str) -> str:
     values = [value for row in rows if (value := getattr(row, column)) is not None]
-    if not values:
-        return "-"
-    largest = max(values, key=lambda value: math.inf if math.isnan(value) else value)
-    return f"{largest:.0e}" if column == "bound" else f"{largest:.1e}"
+    return f"{max(values, key=lambda value: math.inf if math.isnan(value) else value):.1e}" if values else "-"
 
 
 def _line(cells: Sequence[str]) -> str:
