@@ -15,15 +15,16 @@ import pytest
 import train_jax
 from conftest import SMALL, assert_close, random_ids, random_pair, refused
 
-from flaxgpt import model
+from flaxgpt import kernels, model
 from flaxgpt.cache import Cache
 from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.convert.huggingface import from_huggingface, to_huggingface
 from flaxgpt.convert.params import fit_vocab, from_torch, to_torch
+from flaxgpt.edits import scale
 from flaxgpt.errors import InputError
 from flaxgpt.generation.decode import next_logits, unstack
 from flaxgpt.generation.generate import complete
-from flaxgpt.kernels import Choice, choose_attention, choose_loss_chunk, fused_attention
+from flaxgpt.kernels import Choice, choose_attention, choose_loss_chunk, choose_unroll, fused_attention
 from flaxgpt.loss import head_loss
 from flaxgpt.model import forward, head_kernel, hidden, init_params
 from flaxgpt.optim import make_optimizer
@@ -146,6 +147,33 @@ def test_weights_that_are_dropped_out_or_looked_at_and_a_cache_have_the_plain_at
     assert not trace(gpt.apply, {"params": params}, tokens_BT, mutable=["taps"])
     assert not trace(gpt.apply, {"params": params, "perturbations": perturbations}, tokens_BT)
     assert not trace(next_logits, unstack(params, cfg), cfg, tokens_BT, cache)
+
+
+@pytest.mark.parametrize(
+    ("layers", "platform", "unroll"), [(4, "cpu", 4), (8, "cpu", 8), (9, "cpu", 1), (12, "cpu", 1), (4, "gpu", 1), (4, "tpu", 1)]
+)
+def test_the_layers_of_a_small_model_are_written_out_on_a_cpu(layers, platform, unroll):
+    assert choose_unroll(SMALL.replace(n_layers=layers), platform) == unroll
+
+
+def test_layers_compute_the_same_written_out_and_scanned_with_dropout_and_edits(monkeypatch):
+    cfg, key = SMALL.replace(dtype="float64", drop_rate=0.1, n_layers=3), jax.random.key(1)
+    edits = {"trf_blocks.1.att.out": scale(0.5), "trf_blocks.{}.ff.out": scale(0.9)}
+    with jax.enable_x64(True):
+        params, (inputs_BT, targets_BT) = jax.tree.map(lambda x: np.asarray(x, np.float64), initial(cfg)), batch_of(cfg)
+
+        def loss_and_all_gradients():
+            def loss(params):
+                x_BTD = hidden(params, cfg, inputs_BT, dropout_key=key, edits=edits)
+                return head_loss(x_BTD, head_kernel(params, cfg), targets_BT, cfg)
+
+            return jax.jit(jax.value_and_grad(loss))(params)
+
+        written_out = loss_and_all_gradients()
+        monkeypatch.setattr(kernels, "WRITTEN_OUT", 0)
+        scanned = loss_and_all_gradients()
+    for (path, a), b in zip(jax.tree.leaves_with_path(written_out), jax.tree.leaves(scanned), strict=True):
+        assert_close("written out and scanned, float64", a, b, 1e-14, where=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_bfloat16_gives_float32_logits_near_those_of_float32():
 
 
 def test_compile_size_does_not_grow_with_depth():
-    """The blocks are one scanned function, so the program is as long for twelve layers as for two."""
+    """The blocks are one scanned function, so the program is as long for 48 layers as for twelve. (Fewer are written out on a CPU.)"""
 
     def lines(n_layers):
         cfg = SMALL.replace(n_layers=n_layers)
@@ -156,7 +156,7 @@ def test_compile_size_does_not_grow_with_depth():
         lowered = jax.jit(lambda p, t: forward(p, cfg, t)).lower(params, jax.ShapeDtypeStruct((2, 16), jnp.int32))
         return len(lowered.as_text().splitlines())
 
-    assert lines(12) == lines(2)
+    assert lines(48) == lines(12)
 
 
 def train_step_program(cfg: GPTConfig) -> jax.stages.Lowered:

@@ -132,7 +132,7 @@ def main() -> None:
     from flaxgpt.benchmark.floors import measure_rates
     from flaxgpt.benchmark.report import describe_machine, save_plot, table, to_json
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(", ".join(f"{name} {value}" for name, value in describe_machine().items()), highlight=False)
     rates = measure_rates(args.dtype)
     bandwidths = f"{rates.bandwidth / 1e9:.1f} GB/s read, {rates.update_bandwidth / 1e9:.1f} GB/s changed in place"
