@@ -24,8 +24,8 @@ from flaxgpt.edits import scale
 from flaxgpt.errors import InputError
 from flaxgpt.generation.decode import next_logits, unstack
 from flaxgpt.generation.generate import complete
-from flaxgpt.kernels import Choice, choose_attention, choose_loss_chunk, choose_unroll, fused_attention
-from flaxgpt.loss import head_loss
+from flaxgpt.kernels import Choice, choose_attention, choose_loss_chunk, choose_unroll, fused_attention, padded_logits
+from flaxgpt.loss import head_loss, next_token_loss
 from flaxgpt.model import forward, head_kernel, hidden, init_params
 from flaxgpt.optim import make_optimizer
 from flaxgpt.parity.bounds import BOUNDS
@@ -192,14 +192,18 @@ def test_the_loss_takes_at_most_so_many_positions_at_a_time(loss_chunk, rows, le
     assert choose_loss_chunk(SMALL.replace(loss_chunk=loss_chunk), rows, length) == chunk
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 8, 15])  # of 16 positions: some leave a rest
+@pytest.mark.parametrize("chunk", [0, 1, 5, 8, 15])  # of 16 positions: 0 is all of them, some leave a rest
 @pytest.mark.parametrize("multiple", [1, 64])
 def test_the_loss_in_chunks_equals_that_of_all_logits_and_so_do_its_gradients(chunk, multiple):
     cfg, rng = SMALL.replace(vocab_multiple=multiple), np.random.default_rng(0)
     x_BTD, kernel_DV = rng.standard_normal((3, 16, 32)), rng.standard_normal((32, cfg.padded_vocab))
     targets_BT = rng.integers(0, 97, (3, 16))
     with jax.enable_x64(True):
-        whole, chunked = (functools.partial(head_loss, cfg=cfg.replace(loss_chunk=c)) for c in (0, chunk))
+        chunked = functools.partial(head_loss, cfg=cfg.replace(loss_chunk=chunk))
+
+        def whole(x_BTD, kernel_DV, targets_BT):
+            return next_token_loss(padded_logits(x_BTD, kernel_DV, cfg.vocab_size), targets_BT)
+
         (loss, grads), (loss_in_chunks, grads_in_chunks) = (
             jax.value_and_grad(f, (0, 1))(x_BTD, kernel_DV, targets_BT) for f in (whole, chunked)
         )
