@@ -1,7 +1,6 @@
 """A run where files can't be written: names that are too long, permissions, and disks that are full."""
 
 import os
-import re
 import subprocess
 import sys
 
@@ -77,7 +76,7 @@ def test_a_disk_that_is_really_full_ends_the_run_with_one_line_and_whole_checkpo
     full = train("--max-steps", "100000", "--decay-steps", "100000", "--eval-every", "50000", "--tensorboard")
     assert full.returncode == 2, full.stderr
     # TensorStore may print tracebacks of its own beside our line, straight from C++: its other writes answer a loop that Orbax has closed.
-    assert set(re.findall(r"^\w+(?:Error|Exception)\b.*", full.stderr, re.MULTILINE)) <= {"RuntimeError: Event loop is closed"}
+    assert "/flaxgpt/" not in full.stderr, "a traceback through our own code"
     assert f"error: can't write to {small_disk / 'run'} (No space left on device)" in full.stderr
     steps = saved_steps(small_disk / "run" / "checkpoints")
     assert steps
