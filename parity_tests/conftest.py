@@ -36,6 +36,16 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = GPTConfig(vocab_size=97, context_length=16, emb_dim=32, n_heads=4, n_layers=2, drop_rate=0.0)
 
 
+@pytest.fixture(autouse=True)
+def programs_forgotten_in_time() -> Iterator[None]:
+    """Drop what was compiled before a process holds too much of it: a small ladder's programs take 6,500 mappings of memory, and Linux
+    ends a process that asks for more than 65,530 (vm.max_map_count)."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def all_cores() -> Iterator[None]:
     """For models of 124M parameters: all that the other processes of pytest-xdist leave. (OpenMP's threads wait for a core by spinning.)"""
