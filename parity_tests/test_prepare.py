@@ -153,16 +153,58 @@ def test_what_was_stopped_anywhere_goes_on_and_is_the_same_byte_for_byte(source,
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_what_was_stopped_while_it_finished_goes_on(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_what_was_stopped_while_it_finished_goes_on(source, tmp_path, monkeypatch, at):
     layout = Layout(val_every=4, chunk_chars=90)
     prepare(Documents([source]), tmp_path / "whole", layout)
-    monkeypatch.setattr(module.Path, "unlink", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    rename, calls = module.Path.rename, []
+
+    def stop(path, target):
+        calls.append(path)
+        if len(calls) > at:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(module.Path, "rename", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(Documents([source]), tmp_path / "out", layout)
     monkeypatch.undo()
     prepare(Documents([source]), tmp_path / "out", layout)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert sorted(content(tmp_path / "out")) == ["index.json", "tokenizer.json", "train.bin", "val.bin"]
+
+
+def test_a_folder_that_was_stopped_at_the_very_end_is_whole(source, tmp_path, monkeypatch):
+    prepare(Documents([source]), tmp_path / "whole", LAYOUT)
+    monkeypatch.setattr(module.Path, "unlink", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Documents([source]), tmp_path / "out", LAYOUT)
+    assert content(tmp_path / "out").items() >= content(tmp_path / "whole").items()
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_a_first_chunk_that_was_half_written_is_cut_off(source, tmp_path, monkeypatch):
+    prepare(Documents([source]), tmp_path / "whole", LAYOUT)
+    append = module._append
+
+    def fail(*given):
+        append(*given)
+        raise OSError(28, "No space left on device", "val-00000.bin")
+
+    monkeypatch.setattr(module, "_append", fail)
+    with pytest.raises(InputError, match=r"can't write val-00000\.bin .*the same command goes on"):
+        prepare(Documents([source]), tmp_path / "out", LAYOUT)
+    monkeypatch.undo()
+    prepare(Documents([source]), tmp_path / "out", LAYOUT)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_what_was_not_begun_here_is_left_alone(source, tmp_path):
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "train.bin").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"out\.part is there already, and was not begun here"):
+        prepare(Documents([source]), tmp_path / "out", LAYOUT)
+    assert content(tmp_path / "out.part") == {"train.bin": b"mine"}
 
 
 def test_a_killed_command_goes_on_and_leaves_no_processes(tmp_path):
@@ -265,15 +307,15 @@ def test_ids_of_a_prepared_folder_are_known_and_those_of_another_are_checked_whe
 
 def test_broken_lines_are_named_or_counted(call, tmp_path):
     good = [json.dumps({"body": f"line number {i} with some words"}) for i in range(40)]
-    lines = [*good[:3], "{broken", '{"other": 1}', "[1]", *good[3:]]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    common = ("a.jsonl", "--field", "body", "--out-dir", "out", "--processes", 1, "--chunk-chars", 100, "--val-every", 5)
-    refused(call(script, *common), r"a\.jsonl, line 4: .*--skip-broken")
+    lines = [*good[:3], "{broken", '{"other": 1}', "[1]", '{"body": "\\ud800"}', "[" * 100_000, *good[3:]]
+    (tmp_path / "a.JSONL").write_text("\n".join(lines))
+    common = ("a.JSONL", "--field", "body", "--out-dir", "out", "--processes", 1, "--chunk-chars", 100, "--val-every", 5)
+    refused(call(script, *common), r"a\.JSONL, line 4: .*--skip-broken")
     code, out, err = call(script, *common, "--skip-broken")
     refused((code, out, err), "begun with other")  # the folder is of the documents without that flag
     code, out, err = call(script, *common[:3], "--out-dir", "out2", *common[5:], "--skip-broken")
     assert code == 0, err
-    assert "3 broken lines" in out
+    assert "5 broken lines" in out
     assert "tokens/s" in err
     assert load_corpus(str(tmp_path / "out2"), "gpt2", 0.9).train[:].tolist().count(END) == 40 * 4 // 5
 
@@ -285,6 +327,7 @@ def test_broken_lines_are_named_or_counted(call, tmp_path):
         (["hollow"], r"no files that end with .txt, .jsonl, .parquet"),
         (["latin1.txt"], "byte 3"),
         (["short.txt"], "single chunk"),
+        (["empty.txt"], "there is no text"),
         (["short.txt", "--out-dir", "hollow"], "hollow is there already"),
         (["short.txt", "--out-dir", "short.txt/out"], "can't write"),
         (["short.txt", "--processes", "0"], "processes=0"),
@@ -295,11 +338,12 @@ def test_bad_input_is_one_line(call, tmp_path, args, pattern):
     (tmp_path / "hollow").mkdir()
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "empty.txt").write_text("")
     refused(
         call(script, *args, *(() if "--out-dir" in args else ("--out-dir", "out")), *(() if "--processes" in args else ("--processes", 1))),
         pattern,
     )
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*")), "something was left behind"
 
 
 @pytest.mark.parametrize("end", [b"\xe4\xbd", b"\xff"])

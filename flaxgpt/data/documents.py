@@ -54,7 +54,7 @@ class Documents:
         readers = {".jsonl": self._lines, ".ndjson": self._lines, ".parquet": self._parquet}
         for file in self.files:
             try:
-                yield from readers.get(file.suffix, self._text)(file)
+                yield from readers.get(file.suffix.lower(), self._text)(file)
             except OSError as error:
                 raise InputError(f"can't read {file} ({error.strerror or error})") from None
 
@@ -83,7 +83,8 @@ class Documents:
                     found = json.loads(line) if line.strip() else {self._field: ""}
                     if not isinstance(found, dict) or not isinstance(found.get(self._field), str):
                         raise ValueError(f"expected an object with a text {self._field!r}")
-                except ValueError as error:  # not JSON, or not UTF-8
+                    found[self._field].encode()  # half of a surrogate pair is no text
+                except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
                     if not self._skip_broken:
                         raise InputError(f"{path}, line {number}: {error}; --skip-broken leaves such lines out") from None
                     self.skipped += 1
@@ -117,9 +118,9 @@ class Documents:
             raise InputError(f"{path} can't be read as Parquet ({' '.join(str(error).split())})") from None
 
 
-# GPT-2's pattern ends a match before a space or newline that follows anything but white space, and looks no further back. So a text that
-# is cut there has the tokens of the whole. (White space for Python is all that is for tiktoken, and four control characters more.)
-_LAST_CUT = re.compile(r"(?s).*(?:(?<=\S)(?=[ \n])|(?<=" + re.escape(END_OF_TEXT) + r"))")
+# GPT-2's pattern ends a match before a space, tab or newline that follows anything but white space, and looks no further back. So a text
+# that is cut there has the tokens of the whole. (White space for Python is all that is for tiktoken, and four control characters more.)
+_LAST_CUT = re.compile(r"(?s).*(?:(?<=\S)(?=[ \t\r\n])|(?<=" + re.escape(END_OF_TEXT) + r"))")
 
 
 def chunks(pieces: Iterable[str], size: int) -> Iterator[str]:
@@ -145,7 +146,7 @@ def _found(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        if files := sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()):
+        if files := sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()):
             return files
         raise InputError(f"the folder {path} holds no files that end with {', '.join(SUFFIXES)}")
     raise InputError(f"{path} is not there: expected a file or a folder")

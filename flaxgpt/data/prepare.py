@@ -24,6 +24,7 @@ from flaxgpt.errors import InputError
 
 SPLITS = ("train", "val")
 _STATE = "state.json"
+_SCRATCH = f"{_STATE}.new"
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def prepare(
         report: called after each chunk.
 
     Raises:
-        InputError: the folder is there or can't be written, OUT.part is of other documents or another layout, a document can't be read,
-            or all of the text is one chunk, so that a split would be empty.
+        InputError: the folder is there or can't be written, OUT.part is of something else, a document can't be read, there is no text, or
+            all of it is one chunk, so that a split would be empty.
     """
     try:
         there = out.exists()
@@ -88,19 +89,27 @@ def prepare(
     files = [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in documents.files]
     source = {"files": files, "documents": documents.options, "layout": dataclasses.asdict(layout)}
     try:
-        part.mkdir(parents=True, exist_ok=True)
-        progress = _resumed(part, source, layout) if (part / _STATE).is_file() else Progress(source)
+        progress = _begun(part, source, layout)
+    except OSError as error:
+        raise InputError(f"can't write {error.filename or part} ({error.strerror})") from None
+    try:
         rest = itertools.islice(chunks(documents, layout.chunk_chars), progress.n_chunks, None)
         for ids in _encoded(rest, processes):
             _append(part, ids, progress, layout)
             _save(part, progress)
             report(progress)
+        if not progress.n_chunks:
+            raise InputError("there is no text in what was given")
         if not all(progress.tokens.values()):
             shutil.rmtree(part)
             raise InputError(
                 "the text is a single chunk, of which no split can be made: lower --chunk-chars, or give it to train_jax.py as it is"
             )
         _finish(part, out, progress)
+    except InputError:
+        if not progress.n_chunks:  # there is nothing to go on from
+            shutil.rmtree(part)
+        raise
     except OSError as error:
         raise InputError(
             f"can't write {error.filename or part} ({error.strerror}); what is in {part} is kept, and the same command goes on"
@@ -156,9 +165,19 @@ def _shard(split: str, number: int) -> str:
 
 
 def _save(part: Path, progress: Progress) -> None:
-    scratch = part / f"{_STATE}.new"
+    scratch = part / _SCRATCH
     scratch.write_text(json.dumps(dataclasses.asdict(progress)), encoding="utf-8")
     scratch.replace(part / _STATE)
+
+
+def _begun(part: Path, source: dict[str, object], layout: Layout) -> Progress:
+    """The progress to go on from, which is on disk before the first shard is: what is half-written when it is stopped is cut off."""
+    part.mkdir(parents=True, exist_ok=True)
+    if not (part / _STATE).is_file():
+        if set(os.listdir(part)) - {_SCRATCH}:
+            raise InputError(f"{part} is there already, and was not begun here: choose another folder, or delete it")
+        _save(part, Progress(source))
+    return _resumed(part, source, layout)
 
 
 def _resumed(part: Path, source: dict[str, object], layout: Layout) -> Progress:
@@ -194,5 +213,5 @@ def _finish(part: Path, out: Path, progress: Progress) -> None:
     (part / "tokenizer.json").write_text(json.dumps(get_tokenizer("gpt2").to_dict()) + "\n", encoding="utf-8")
     for name, final in renamed.items():
         (part / name).rename(part / final)
-    (part / _STATE).unlink()
     part.rename(out)
+    (out / _STATE).unlink()  # not before: without it, what is there could not be told from what is half-written
