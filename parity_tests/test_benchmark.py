@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmark as script
 import pytest
 
 from flaxgpt.benchmark import report
@@ -39,8 +40,14 @@ def test_the_order_alternates_and_short_calls_are_repeated():
 
 def test_ratios_are_ours_over_theirs_within_the_same_work():
     rows = [Row("w", "flaxgpt", "s", (1.0, 3.0, 2.0), 0.5), Row("w", "torch", "s", (4.0,)), Row("v", "torch", "s", (), note="not there")]
-    found = report.to_json(rows, None, "command")["rows"]
+    found = report.to_json(rows, {}, "command")["rows"]
     assert [(row["median"], row["ratio"]) for row in found] == [(2.0, 1.0), (4.0, 0.5), (None, None)]
+
+
+def test_nobody_is_taken_for_us_where_we_were_not_timed():
+    rows = [Row("w", "torch", "s", (4.0,), 1.0), Row("w", "Hugging Face", "s", (2.0,))]
+    assert [row["ratio"] for row in report.to_json(rows, {}, "command")["rows"]] == [None, None]
+    assert [list(column.cells)[1:] for column in report.table(rows).columns[4:]] == [["", ""], ["", ""]]
 
 
 def test_a_quick_update_is_timed_beside_torch_and_the_json_and_the_picture_have_every_row(tmp_path):
@@ -54,7 +61,7 @@ def test_a_quick_update_is_timed_beside_torch_and_the_json_and_the_picture_have_
     assert all(row["floor"] > 0 for row in found["rows"])
     assert found["machine"]["jax"]
     assert found["peak_memory_gb"] > 0.1
-    assert found["rates"]["flops"] > 1e8
+    assert found["rates"]["float32"]["flops"] > 1e8
     picture = (tmp_path / "b.svg").read_text()
     assert picture.lstrip().startswith("<?xml")
     assert all(text in ran.stdout for text in ("flaxgpt", "torch_ref, fused AdamW", "ours / floor"))
@@ -80,10 +87,15 @@ def test_everything_quick_has_rows_of_every_kind(tmp_path):
         (["compile", "--depths", "0"], "depths=(0,): expected numbers from 1 on"),
         (["train", "--preset", "gpt5"], "gpt5"),
         (["run", "--quick", "--against", "false"], "ended with 1"),
+        (["run", "--against", "no-such-program x"], "expected a command that can be run"),
+        (["all", "--preset", "tiny"], "exceed context_length=64"),
+        (["train", "--json", "/dev"], "can't write /dev: it is not a file"),
+        (["train", "--only", "torch_ref", "--plot", "x.png"], "name flaxgpt too in --only"),
+        (["train", "--quick", "--only", "nobody"], "--only nobody names nobody"),
     ],
 )
-def test_what_is_asked_for_wrongly_is_one_line(args, words):
-    ran = benchmark(*args)
-    assert ran.returncode == 2, ran.stdout + ran.stderr
-    assert words in " ".join(re.sub("[│╭╮╰╯─]", " ", ran.stderr).split()), ran.stderr
-    assert "Traceback" not in ran.stderr
+def test_what_is_asked_for_wrongly_is_one_line(call, args, words):
+    code, out, err = call(script, *args)
+    assert code == 2, out + err
+    assert words in " ".join(re.sub("[│╭╮╰╯─]", " ", err).split()), err
+    assert "Traceback" not in err

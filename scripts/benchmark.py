@@ -23,6 +23,7 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ import tyro
 from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.errors import InputError
 from flaxgpt.run.cli import one_line_errors
+from flaxgpt.run.folder import write_text
 from flaxgpt.run.process import keep_memory_and_programs
 
 if TYPE_CHECKING:
@@ -106,8 +108,15 @@ class BenchmarkArgs:
         for path in filter(None, (self.json, self.plot)):
             if not path.parent.is_dir():
                 raise InputError(f"{path}: there is no folder {path.parent}")
+            if path.exists() and not path.is_file():
+                raise InputError(f"can't write {path}: it is not a file")
+        if self.plot and not (wanted(self, "flaxgpt") or wanted(self, "train_jax.py")):
+            raise InputError("--plot draws what others take as multiples of ours: name flaxgpt too in --only")
+        if self.against is not None and not (self.against.split() and shutil.which(shlex.split(self.against)[0])):
+            raise InputError(f"--against {self.against!r}: expected a command that can be run")
         context = GPTConfig.preset(self.preset).context_length
-        if self.what in ("generate", "patch") and self.prompt_tokens + self.new_tokens * (self.what == "generate") > context:
+        new_tokens = self.new_tokens if self.what != "patch" else 0
+        if self.what in ("generate", "patch", "all") and not self.quick and self.prompt_tokens + new_tokens > context:
             raise InputError(f"prompt_tokens and new_tokens together exceed context_length={context}")
 
 
@@ -123,7 +132,7 @@ def main() -> None:
     if args.quick:
         only = args.only or ("flaxgpt", "torch_ref", "Hugging Face", "train_", "hooks")
         args = dataclasses.replace(args, **QUICK, preset="tiny", only=only)
-    timed: dict[str, Callable[[BenchmarkArgs, Rates], Iterator[Row]]] = {
+    timed: dict[str, Callable[[BenchmarkArgs, dict[str, Rates]], Iterator[Row]]] = {
         "train": train, "generate": generate, "run": run, "compile": compile_, "memory": memory, "patch": patch,
     }  # fmt: skip
 
@@ -134,26 +143,31 @@ def main() -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(", ".join(f"{name} {value}" for name, value in describe_machine().items()), highlight=False)
-    rates = measure_rates(args.dtype)
-    bandwidths = f"{rates.bandwidth / 1e9:.1f} GB/s read, {rates.update_bandwidth / 1e9:.1f} GB/s changed in place"
-    console.print(f"reached in {args.dtype}: {rates.flops / 1e9:.0f} GFLOP/s of products, {bandwidths}", highlight=False)
+    dtypes = {"generate": (args.dtype,), "all": dict.fromkeys(("float32", args.dtype))}.get(args.what, ("float32",))
+    rates = {dtype: measure_rates(dtype) for dtype in dtypes}
+    for dtype, reached in rates.items():
+        bandwidths = f"{reached.bandwidth / 1e9:.1f} GB/s read, {reached.update_bandwidth / 1e9:.1f} GB/s changed in place"
+        console.print(f"reached in {dtype}: {reached.flops / 1e9:.0f} GFLOP/s of products, {bandwidths}", highlight=False)
     found = []
     for name in timed if args.what == "all" else [args.what]:
         with console.status(f"{name} ..."):
             found += timed[name](args, rates)
+    if not found:
+        raise InputError(f"--only {' '.join(args.only)} names nobody who is timed here")
     console.print(table(found))
     if args.json:
-        write(args.json, json.dumps(to_json(found, rates, shlex.join(sys.argv)), indent=1))
+        write_text(args.json, json.dumps(to_json(found, rates, shlex.join(sys.argv)), indent=1))
     if args.plot:
         save_plot(found, args.plot, ", ".join(list(describe_machine().values())[:1]))
 
 
-def train(args: BenchmarkArgs, rates: Rates) -> Iterator[Row]:
+def train(args: BenchmarkArgs, reached: dict[str, Rates]) -> Iterator[Row]:
     """An update and its parts, ours and those of the variants of torch."""
     from flaxgpt.benchmark import calls, floors
     from flaxgpt.benchmark.timing import rows
     from flaxgpt.state import count_params
 
+    rates = reached["float32"]
     cfg, batch = training(args)
     ours = calls.update_parts(cfg, batch, args.parts) if wanted(args, "flaxgpt") else {}
     theirs, missing = peers(args, lambda torch_side, variant: torch_side.update_parts(cfg, batch, variant, args.parts))
@@ -167,7 +181,7 @@ def train(args: BenchmarkArgs, rates: Rates) -> Iterator[Row]:
         yield from (dataclasses.replace(row, work=f"{part}, {sizes(args)}") for row in missing)
 
 
-def generate(args: BenchmarkArgs, rates: Rates) -> Iterator[Row]:
+def generate(args: BenchmarkArgs, reached: dict[str, Rates]) -> Iterator[Row]:
     """Reading prompts (one new token), and greedy decoding."""
     import numpy as np
 
@@ -183,12 +197,12 @@ def generate(args: BenchmarkArgs, rates: Rates) -> Iterator[Row]:
             timed: dict[str, Call] = {"flaxgpt": calls.generation(cfg, prompt_BT, new_tokens)} if wanted(args, "flaxgpt") else {}
             theirs, missing = peers(args, lambda torch_side, _: torch_side.generation(cfg, prompt_BT, new_tokens), ("Hugging Face",))  # noqa: B023
             work = f"{new_tokens} tokens after {args.prompt_tokens}, {args.preset}, {args.dtype}, batch {batch}"
-            floor = floors.of_decoding(cfg, n_params, batch, new_tokens, args.prompt_tokens, rates)
+            floor = floors.of_decoding(cfg, n_params, batch, new_tokens, args.prompt_tokens, reached[args.dtype])
             yield from rows(work, timed | theirs, args.rounds, floor=floor)
             yield from (dataclasses.replace(row, work=work) for row in missing)
 
 
-def run(args: BenchmarkArgs, _: Rates) -> Iterator[Row]:
+def run(args: BenchmarkArgs, _: dict[str, Rates]) -> Iterator[Row]:
     """Whole processes that train, from their start to their end; what they have compiled is not kept from one to the next."""
     from flaxgpt.benchmark.timing import rows
 
@@ -217,7 +231,7 @@ def run(args: BenchmarkArgs, _: Rates) -> Iterator[Row]:
     yield from rows(f"a run of {args.preset}, {args.max_steps or 'all'} updates", timed, args.rounds, warm=False)
 
 
-def compile_(args: BenchmarkArgs, _: Rates) -> Iterator[Row]:
+def compile_(args: BenchmarkArgs, _: dict[str, Rates]) -> Iterator[Row]:
     """Tracing and compiling the update, by depth."""
     from flaxgpt.benchmark import calls
     from flaxgpt.benchmark.timing import Row
@@ -229,7 +243,7 @@ def compile_(args: BenchmarkArgs, _: Rates) -> Iterator[Row]:
         yield Row(f"compiling an update, {sizes(args)}, {depth} layers", "flaxgpt", "s", seconds)
 
 
-def memory(args: BenchmarkArgs, _: Rates) -> Iterator[Row]:
+def memory(args: BenchmarkArgs, _: dict[str, Rates]) -> Iterator[Row]:
     """The most memory that a process holds which makes updates, imports and compilation included: this script with one side alone."""
     from flaxgpt.benchmark.timing import Row
 
@@ -248,7 +262,7 @@ def memory(args: BenchmarkArgs, _: Rates) -> Iterator[Row]:
             yield Row(f"peak memory, {sizes(args)}", who, "GB", peak, note="" if peak else last)
 
 
-def patch(args: BenchmarkArgs, _: Rates) -> Iterator[Row]:
+def patch(args: BenchmarkArgs, _: dict[str, Rates]) -> Iterator[Row]:
     """Activation patching: another run's residual stream put into that of a prompt, at every layer and position."""
     import jax
     import numpy as np
@@ -324,13 +338,6 @@ def peers(args: BenchmarkArgs, make: Callable[..., Made], variants: tuple[str, .
             except ImportError as error:
                 missing.append(Row("", variant, "s", (), note=f"{error.name} is not installed"))
     return made, missing
-
-
-def write(path: Path, text: str) -> None:
-    """Atomically."""
-    scratch = path.with_name(f".{path.name}.writing")
-    scratch.write_text(text)
-    os.replace(scratch, path)
 
 
 if __name__ == "__main__":

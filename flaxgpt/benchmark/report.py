@@ -62,28 +62,32 @@ def table(rows: list[Row]) -> Table:
     for column in shown.columns[1:]:
         column.justify = "right"
     for work, same in by_work(rows):
-        ours = same[0].median
+        ours = _our_median(same)
         shown.add_row(f"[bold]{work}")
-        for i, row in enumerate(same):
+        for row in same:
             if row.median is None:
                 shown.add_row(f"  {row.who}: {row.note}")
                 continue
-            ratio = f"{ours / row.median:.2f}" if i and ours else ""
-            to_floor = f"{ours / row.floor:.1f}" if not i and row.floor and ours else ""
+            ratio = f"{ours / row.median:.2f}" if ours and not row.is_ours else ""
+            to_floor = f"{ours / row.floor:.1f}" if row.floor and row.is_ours else ""
             spread = (f"{_number(value, row.unit)}" for value in (row.median, min(row.values), max(row.values)))
             shown.add_row(f"  {row.who}", *spread, ratio, to_floor)
         shown.add_section()
     return shown
 
 
-def to_json(rows: list[Row], rates: Rates | None, command: str) -> dict[str, Any]:
-    """Everything: the machine, when, what it reached, the rows with medians and ratios."""
-    ours = {work: same[0].median for work, same in by_work(rows)}
+def _our_median(same: list[Row]) -> float | None:
+    return next((row.median for row in same if row.is_ours), None)
+
+
+def to_json(rows: list[Row], rates: dict[str, Rates], command: str) -> dict[str, Any]:
+    """Everything: the machine, when, what it reached in each dtype, the rows with medians and ratios."""
+    ours = {work: _our_median(same) for work, same in by_work(rows)}
     return {
         "machine": describe_machine(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
-        "rates": rates and rates._asdict(),
+        "rates": {dtype: reached._asdict() for dtype, reached in rates.items()},
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9,
         "rows": [row.to_dict(ours[row.work]) for row in rows],
     }
@@ -91,20 +95,20 @@ def to_json(rows: list[Row], rates: Rates | None, command: str) -> dict[str, Any
 
 def save_plot(rows: list[Row], path: Path, title: str) -> None:
     """Bars of every row as multiples of ours, the spread as a line, the floor as a mark; PNG or SVG by the name, written atomically."""
-    groups = [(work, [row for row in same if row.median]) for work, same in by_work(rows) if same[0].median]
+    groups = [(work, [row for row in same if row.median]) for work, same in by_work(rows) if _our_median(same)]
     bars = sum(len(same) + 1 for _, same in groups)
     figure = Figure(figsize=(8, 1.2 + 0.27 * bars), layout="constrained")
     axes, y, ticks = figure.subplots(), 0, []
     for work, same in groups:
-        ours = same[0].median
+        ours = _our_median(same)
         axes.text(0.0, y - 0.15, work, fontweight="bold", fontsize="small", va="center")
         y += 1
-        for i, row in enumerate(same):
+        for row in same:
             low, high = (value / ours for value in (min(row.values), max(row.values)))
-            axes.barh(y, row.median / ours, color="C0" if i == 0 else "0.75", height=0.8)
+            axes.barh(y, row.median / ours, color="C0" if row.is_ours else "0.75", height=0.8)
             axes.plot([low, high], [y, y], color="0.3", linewidth=1)
             axes.text(max(row.median / ours, high), y, f"  {_number(row.median, row.unit)}", va="center", fontsize="x-small")
-            if row.floor and i == 0:
+            if row.floor and row.is_ours:
                 axes.plot([row.floor / ours] * 2, [y - 0.4, y + 0.4], color="C3", linewidth=2, label="_" if y > 1 else "floor")
             ticks.append((y, row.who))
             y += 1

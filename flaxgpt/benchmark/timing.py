@@ -18,7 +18,7 @@ class Row:
 
     Attributes:
         work: what was done, with its sizes; rows of the same work are compared.
-        who: who did it; the first row of a work is ours.
+        who: who did it.
         unit: of the values: "s" or "GB".
         values: one for each round.
         floor: below which no implementation on this machine can be, in the same unit; None: not known.
@@ -31,6 +31,11 @@ class Row:
     values: tuple[float, ...]
     floor: float | None = None
     note: str = ""
+
+    @property
+    def is_ours(self) -> bool:
+        """What the others are compared with."""
+        return self.who in ("flaxgpt", "train_jax.py")
 
     @property
     def median(self) -> float | None:
