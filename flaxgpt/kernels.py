@@ -1,7 +1,7 @@
-"""Attention and loss for accelerators: the same numbers as the plain code, without the two largest arrays, weights_BNTS and logits_BTV.
+"""What is computed otherwise than the plain code says, with the same numbers: attention without weights_BNTS, the loss without logits_BTV.
 
-Which of them a model uses is chosen by pure functions, `choose_attention` and `choose_loss_chunk`. With a mesh in context
-(`jax.set_mesh`), rows are split over its axis "fsdp", heads and vocabulary over "tensor".
+What a model uses where is chosen by pure functions: `choose_attention`, `choose_loss_chunk`, and for its layers `choose_unroll`. With a
+mesh in context (`jax.set_mesh`), rows are split over its axis "fsdp", heads and vocabulary over "tensor".
 """
 
 from __future__ import annotations

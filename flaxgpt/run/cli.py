@@ -43,6 +43,12 @@ class Processes:
     heartbeat_timeout: int = 45
     """Seconds after which a process that has not been heard of is taken for dead, and the others end."""
 
+    def __post_init__(self) -> None:
+        """Raises InputError where a number can't be."""
+        for name in ("num_processes", "join_timeout", "heartbeat_timeout"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name}={value}: expected at least 1")
+
 
 @dataclass(frozen=True)
 class TrainArgs:

@@ -140,14 +140,17 @@ def read_metrics(folder: Path) -> list[Record]:
     """The objects of a run folder's metrics.jsonl, in order; a last line cut off by a crash is left out.
 
     Raises:
-        InputError: another line is not JSON.
+        InputError: another line is not an object with a step.
     """
     lines = (read_text(folder / METRICS) or "").splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+            if not isinstance(record["step"], int):
+                raise TypeError
+            records.append(record)
+        except (ValueError, LookupError, TypeError, RecursionError):
             if number < len(lines):
                 raise InputError(f"line {number} of {folder / METRICS} is damaged: mend or delete it") from None
     return records
