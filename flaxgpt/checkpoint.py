@@ -236,7 +236,7 @@ class Checkpoints:
                     items = self._restore_from(path, wanted)
                 except InputError:
                     raise
-                except (ValueError, OSError, KeyError, TypeError) as error:
+                except (ValueError, OSError, LookupError, TypeError) as error:  # IndexError: a file ends too soon
                     fault = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 fault = next(filter(None, of_all(fault)), None)
             if not fault:

@@ -300,7 +300,9 @@ def test_processes_fine_tune_a_model_of_hugging_face_or_of_a_run_as_one_does(fol
         (tmp_path / name).mkdir()
     one = train(1, *flags, folders / "plain", cwd=tmp_path / "one", run=TUNE)
     two = train(2, *flags, folders / "plain", "--fsdp", 2, cwd=tmp_path / "two", run=TUNE)
-    assert_the_same_run(two, one)
+    # Not the parameters: a bias of keys changes no attention, so its gradient is rounding, and AdamW makes an update of that.
+    for record, other in zip(without_times(two), without_times(one), strict=True):
+        assert record == pytest.approx(other, rel=1e-5)
     constant = ("--learning-rate", 0, "--min-learning-rate", 0)
     again = train(2, *flags, one, "--fsdp", 2, *constant, cwd=tmp_path / "again", run=TUNE)
     assert_equal_bits(load_run(again).params, load_run(one).params)
