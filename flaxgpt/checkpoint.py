@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -16,10 +19,10 @@ from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.convert.layout import shape_faults
 from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.errors import InputError
-from flaxgpt.hosts import is_first, of_first
+from flaxgpt.hosts import is_first, of_all, of_first
 from flaxgpt.model import init_params
 from flaxgpt.run.folder import CHECKPOINTS
-from flaxgpt.run.saved import MARK, WRITING, DamagedError, best_step, commit, remove, report_choice, saved_steps, seal, unfinished, verify
+from flaxgpt.run.saved import MARK, WRITING, best_step, commit, remove, report_choice, saved_steps, seal, unfinished, verify
 from flaxgpt.run.source import Source, open_run, open_source
 from flaxgpt.state import TrainState
 from flaxgpt.types import Params
@@ -136,7 +139,7 @@ class Checkpoints:
         Raises:
             OSError: what was saved before could not be written.
         """
-        self._wait()
+        self.wait()
         if is_first():
             self._folder.mkdir(parents=True, exist_ok=True)
             for leftover in unfinished(self._folder):
@@ -145,8 +148,19 @@ class Checkpoints:
         scratch = self._folder / f"{step}{WRITING}"
         rest = (state.step, state.opt_state, state.key)
         items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(rest)}
-        self._orbax.save(scratch, args=ocp.args.Composite(**items), custom_metadata=MARK)
+        with _raised_and_no_more():
+            self._orbax.save(scratch, args=ocp.args.Composite(**items), custom_metadata=MARK)
         self._saving = self._thread.submit(self._finish, scratch, step)
+
+    def wait(self) -> None:
+        """Wait until what was saved is on disk, with its number.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        saving, self._saving = self._saving, None
+        if saving:
+            saving.result()
 
     def restore(self, template: TrainState, shardings: TrainState) -> TrainState:
         """The newest whole checkpoint, with the shapes of `template`, each leaf placed as `shardings` says. Newer ones, damaged, are named.
@@ -177,7 +191,7 @@ class Checkpoints:
         if "_orbax" not in self.__dict__:  # nothing was saved
             return
         with contextlib.closing(self._orbax), self._thread:
-            self._wait()
+            self.wait()
             if is_first():
                 self._prune()  # again, since the last evaluation came after the last save
 
@@ -190,14 +204,10 @@ class Checkpoints:
     def _thread(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, "checkpoint")
 
-    def _wait(self) -> None:
-        saving, self._saving = self._saving, None
-        if saving:
-            saving.result()
-
     def _finish(self, scratch: Path, step: int) -> None:
         """In the background: give what Orbax writes its checksums and its number, then delete what it replaces."""
-        self._orbax.wait_until_finished()
+        with _raised_and_no_more():
+            self._orbax.wait_until_finished()
         if not is_first():
             return
         seal(scratch)
@@ -220,36 +230,55 @@ class Checkpoints:
         for step in of_first(lambda: saved_steps(self._folder)[::-1]):
             path = self._folder / str(step)
             verified, fault = of_first(lambda path=path: _verified(path))
-            try:
-                if fault:
-                    raise DamagedError(fault)
-                items = self._restore_from(path, wanted)
-            except InputError:
-                raise
-            except (ValueError, OSError, KeyError, TypeError) as error:
-                if not path.exists():  # deleted by the run meanwhile, so there is a newer one
-                    return self._restore(**wanted)
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                faults.append(f"the checkpoint {path} is damaged ({reason})")
-                if jax.process_count() > 1 and not fault:  # the others may have read it
-                    raise InputError(f"{faults[-1]}: flaxgpt-checkpoints deletes it") from None
-            else:
+            items = None
+            if not fault:
+                try:
+                    items = self._restore_from(path, wanted)
+                except InputError:
+                    raise
+                except (ValueError, OSError, LookupError, TypeError) as error:  # IndexError: a file ends too soon
+                    fault = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                fault = next(filter(None, of_all(fault)), None)
+            if not fault:
                 self._at = step
                 if is_first():
                     report_choice(path, faults, verified=verified)
                 return items
+            if not of_first(path.exists):  # deleted by the run meanwhile, so there is a newer one
+                return self._restore(**wanted)
+            faults.append(f"the checkpoint {path} is damaged ({fault})")
         raise InputError(f"no whole checkpoint: {'; '.join(faults)}" if faults else f"no checkpoint in {self._folder}")
 
     def _restore_from(self, path: Path, wanted: dict[str, Any]) -> Any:
-        orbax = ocp.Checkpointer(_handler())
+        handler = _handler()  # not a Checkpointer of Orbax's, in which processes that have read theirs wait for one that can't
         # Compared before anything is read: the moments have the shapes of the parameters, so these decide.
-        saved = orbax.metadata(path).item_metadata["params"]
+        saved = handler.metadata(path).item_metadata["params"]
         if saved is None:
             raise InputError(f"{path} is not a checkpoint of this program: it has no parameters")
         if faults := shape_faults(_shapes(saved.tree), _shapes(wanted["params"])):
             raise InputError(f"the checkpoint {path} does not fit this run's config.json: {'; '.join(faults)}")
         args = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
-        return orbax.restore(path, args=ocp.args.Composite(**args))
+        return handler.restore(path, args=ocp.args.Composite(**args))
+
+
+@contextlib.contextmanager
+def _raised_and_no_more() -> Iterator[None]:
+    """What Orbax raises within is raised, and no warning comes after it at the end of Python: of each coroutine that was not come to."""
+    try:
+        yield
+    except Exception:
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning, module="sys$")  # where there is no module left
+        raise
+
+
+def _report_unless_late(report: Callable[[Any], object], unraisable: Any) -> None:
+    """Python's `sys.unraisablehook`, `report`, but not for a write that comes back to a save which has failed.
+
+    Orbax raises what the first of its writes fails with, and closes the event loop under the others. TensorStore calls that loop from
+    threads of C++ when they are done, and has nobody else to tell that it is closed.
+    """
+    if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+        report(unraisable)
 
 
 def _verified(path: Path) -> tuple[bool, str | None]:
@@ -266,3 +295,6 @@ def _handler() -> ocp.CompositeCheckpointHandler:
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
+
+
+sys.unraisablehook = functools.partial(_report_unless_late, sys.unraisablehook)

@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 from flaxgpt.errors import InputError
 from flaxgpt.run.cli import Processes
 from flaxgpt.run.folder import LOCK, read_text
+from flaxgpt.types import Params
 
 Value = TypeVar("Value")
 
@@ -88,6 +89,15 @@ def of_first(function: Callable[[], Value]) -> Value:
     return json.loads(client.blocking_key_value_get(name, _PATIENCE_MS))
 
 
+def of_all(value: Value) -> list[Value]:
+    """What every process has, by process, in all of them. It goes through JSON."""
+    if jax.process_count() == 1:
+        return [value]
+    client, name = _client(), f"flaxgpt/{next(_numbers)}"
+    client.key_value_set(f"{name}/{jax.process_index()}", json.dumps(value))
+    return [json.loads(client.blocking_key_value_get(f"{name}/{i}", _PATIENCE_MS)) for i in range(jax.process_count())]
+
+
 def barrier() -> None:
     """Wait for all processes. No device takes part, so it does not matter what these are computing."""
     if jax.process_count() > 1:
@@ -111,6 +121,11 @@ def check_same(**values: object) -> None:
     theirs = of_first(lambda: mine)
     if other := [name for name in mine if mine[name] != theirs[name]]:
         raise InputError(f"{', '.join(other)} differ from those of process 0: start the same command in every process, with the same data")
+
+
+def first_numbers(params: Params) -> list[float]:
+    """A sum over the first row of each parameter, which for the blocks is the first block: it tells two models apart, and reads little."""
+    return [float(np.asarray(parameter[:1], np.float64).sum()) for parameter in jax.tree.leaves(params)]
 
 
 def check_shared(folder: Path) -> None:

@@ -140,6 +140,9 @@ def train(
                 with log.timed("evaluation"):
                     train_loss, val_loss = evaluate(state.params, eval_step, splits, mesh)
                     text = sample(state.params, cfg, corpus.tokenizer)
+                if last:
+                    with log.timed("checkpoint"):
+                        checkpoints.wait()  # so that what the last save takes is counted, too
                 log.evaluation(step, train_loss, val_loss, text)
             if stops:
                 break

@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,18 +20,19 @@ import numpy as np
 import pytest
 import train_jax
 from conftest import SCRIPTS, assert_equal_bits, refused
-from test_train import CONFIG, TEXT, without_times
+from test_train import CONFIG, TEXT, run_to_the_end, without_times
 
-from flaxgpt import hosts
-from flaxgpt.checkpoint import load_run
+from flaxgpt import checkpoint, hosts
+from flaxgpt.checkpoint import load_params, load_run
 from flaxgpt.data.loader import eval_batches, train_batches
 from flaxgpt.data.windows import Windows
 from flaxgpt.errors import InputError
 from flaxgpt.run.cli import Processes
 from flaxgpt.run.folder import read_metrics
 from flaxgpt.run.lock import lock_folder
-from flaxgpt.run.saved import saved_steps, unfinished, verify
+from flaxgpt.run.saved import CHECKSUMS, saved_steps, seal, unfinished, verify
 from flaxgpt.run.silent import SilentLog
+from flaxgpt.run.source import open_source
 from flaxgpt.sharding import make_mesh
 
 MODEL = "--tokenizer char --emb-dim 16 --n-heads 2 --n-layers 1 --drop-rate 0.1 --vocab-multiple 4"
@@ -146,14 +148,14 @@ def test_a_single_process_agrees_with_itself_at_once():
 # Several processes, in earnest.
 
 
-def started(ids, n, *flags, cwd, devices=1, seconds=SECONDS, port=None):
+def started(ids, n, *flags, cwd, devices=1, seconds=SECONDS, port=None, run=FLAGS):
     """These of n processes, each with so many devices, training in cwd/run."""
     if not (cwd / "text.txt").exists():
         (cwd / "text.txt").write_text(TEXT)
     port = port or free_port()
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     several = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(n), "--join-timeout", str(seconds)]
-    command = [sys.executable, str(SCRIPTS / "train_jax.py"), *FLAGS, "--out-dir", "run", "--heartbeat-timeout", str(seconds), *several]
+    command = [sys.executable, str(SCRIPTS / "train_jax.py"), *run, "--out-dir", "run", "--heartbeat-timeout", str(seconds), *several]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd, "env": env}
     return [subprocess.Popen([*command, "--process-id", str(i), *map(str, flags)], **pipes) for i in ids]
 
@@ -179,9 +181,9 @@ def finished(processes, seconds=SECONDS):
     return results
 
 
-def train(n, *flags, cwd, devices=1):
+def train(n, *flags, cwd, devices=1, run=FLAGS):
     """n processes train to the end."""
-    for code, _, err in finished(started(range(n), n, *flags, cwd=cwd, devices=devices)):
+    for code, _, err in finished(started(range(n), n, *flags, cwd=cwd, devices=devices, run=run)):
         assert code == 0, err
     return cwd / "run"
 
@@ -203,13 +205,21 @@ def assert_the_same_run(run, expected, rel=1e-5):
     assert {name: error for name, error in far.items() if not error <= rel} == {}, "norm of the difference, relative"
 
 
-UPDATES = ("--max-steps", "20", "--decay-steps", "20", "--eval-every", "7", "--checkpoint-every", "5", "--keep-checkpoints", "4")
+# The end of the schedule is part of the programs: where it is the same, runs on the same mesh share them through JAX's cache.
+DECAY = ("--decay-steps", "20")
+UPDATES = (*DECAY, "--max-steps", "20", "--eval-every", "7", "--checkpoint-every", "5", "--keep-checkpoints", "4")
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """The run of one device."""
     return train(1, *UPDATES, cwd=tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """That of two processes, each of which has half of every matrix."""
+    return train(2, *UPDATES, "--tensor", "2", cwd=tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.slow
@@ -224,8 +234,9 @@ def one(tmp_path_factory):
         (4, 2, "--fsdp 4"),
     ],
 )
-def test_processes_train_as_one_device_does_with_the_same_dropout(one, tmp_path, n, devices, flags):
-    run = train(n, *UPDATES, *flags.split(), cwd=tmp_path, devices=devices)
+def test_processes_train_as_one_device_does_with_the_same_dropout(one, request, tmp_path, n, devices, flags):
+    shared = (n, devices, flags) == (2, 1, "--tensor 2")
+    run = request.getfixturevalue("two") if shared else train(n, *UPDATES, *flags.split(), cwd=tmp_path, devices=devices)
     assert_the_same_run(run, one)
     assert (run / "samples.txt").read_text() == (one / "samples.txt").read_text()
     assert {path.name for path in run.iterdir()} == {path.name for path in one.iterdir()}
@@ -233,32 +244,75 @@ def test_processes_train_as_one_device_does_with_the_same_dropout(one, tmp_path,
 
 @pytest.mark.slow
 def test_a_checkpoint_restores_on_any_mesh_and_any_number_of_processes(one, tmp_path):
-    flags = (*UPDATES[2:], "--resume")
-    train(1, *flags, "--max-steps", 5, cwd=tmp_path)
-    train(2, *flags, "--max-steps", 10, "--tensor", 2, cwd=tmp_path, devices=2)
-    train(4, *flags, "--max-steps", 15, "--fsdp", 2, cwd=tmp_path)
-    run = train(1, *flags, "--max-steps", 20, "--fsdp", 8, "--tensor", 1, cwd=tmp_path, devices=8)
+    shutil.copytree(one, tmp_path / "run", ignore=shutil.ignore_patterns("1[05]", "20"))  # as it was after 5 updates
+    flags = (*UPDATES, "--resume")
+    train(2, *flags, "--max-steps", 10, "--fsdp", 2, "--tensor", 2, cwd=tmp_path, devices=2)
+    train(4, *flags, "--max-steps", 15, "--fsdp", 2, "--gather", "layer", "--tensor", 1, cwd=tmp_path)
+    run = train(1, *flags, "--fsdp", 8, "--tensor", 1, cwd=tmp_path, devices=8)
     assert saved_steps(run / "checkpoints") == [5, 10, 15, 20]
-    for part, whole in ((run, one),):
-        at = {record["step"]: record for record in without_times(whole) if "train/batch_loss" in record}
-        for record in without_times(part):
-            if "train/batch_loss" in record:
-                assert record == pytest.approx(at[record["step"]], rel=1e-5)
+    at = {record["step"]: record for record in without_times(one) if "train/batch_loss" in record}
+    for record in without_times(run):
+        if "train/batch_loss" in record:
+            assert record == pytest.approx(at[record["step"]], rel=1e-5)
     far = jax.tree.map(lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b)), load_run(run).params, load_run(one).params)
     assert max(jax.tree.leaves(far)) <= 1e-5, far
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_left_out_by_all_processes_alike(tmp_path):
-    run = train(2, *UPDATES, "--fsdp", 2, cwd=tmp_path)
+def test_a_damaged_checkpoint_is_left_out_by_all_processes_alike(two, tmp_path):
+    """Also one that fits its checksums, and that only the second process can't read."""
+    run = shutil.copytree(two, tmp_path / "run")
     whole = load_run(run).params
-    file = max((run / "checkpoints" / "20").rglob("d/*"), key=lambda path: path.stat().st_size)
-    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
-    results = finished(started(range(2), 2, *UPDATES, "--fsdp", 2, "--resume", cwd=tmp_path))
+    flip(max((run / "checkpoints" / "20").rglob("d/*"), key=lambda path: path.stat().st_size))
+    max((run / "checkpoints" / "15").glob("params/ocdbt.process_1/d/*"), key=lambda path: path.stat().st_size).write_bytes(b"short")
+    (run / "checkpoints" / "15" / CHECKSUMS).unlink()
+    seal(run / "checkpoints" / "15")
+    results = finished(started(range(2), 2, *UPDATES, "--tensor", 2, "--resume", cwd=tmp_path))
     assert [code for code, *_ in results] == [0, 0], results
-    assert "checkpoints/20 is damaged" in results[0][2]
+    assert re.search(r"checkpoints/20 is damaged \(.* is not what was saved\); .*checkpoints/15 is damaged \(.*; using 10", results[0][2])
     assert "damaged" not in results[1][2], "one line is enough"
     assert_equal_bits(load_run(run).params, whole)
+
+
+def flip(file):
+    """Change one bit, in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_checkpoint_that_another_process_cannot_read_is_left_out_here_too(private_cache, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.txt").write_text(TEXT)
+    run_to_the_end(CONFIG.replace(data=str(tmp_path / "text.txt")), tmp_path / "run")
+    theirs = iter(["it can't be read\nthere", None])
+    monkeypatch.setattr(checkpoint, "of_all", lambda mine: [mine, next(theirs)])
+    load_run(tmp_path / "run")
+    assert "checkpoints/12 is damaged (it can't be read there); using 10" in " ".join(capsys.readouterr().err.split())
+
+
+TUNE = [*RUN.split(), "--context-length", "8", "--drop-rate", "0.1"]
+
+
+@pytest.mark.slow
+def test_processes_fine_tune_a_model_of_hugging_face_or_of_a_run_as_one_does(folders, tmp_path):
+    flags = (*DECAY, "--max-steps", 2, "--init-from")
+    for name in ("one", "two", "again"):
+        (tmp_path / name).mkdir()
+    one = train(1, *flags, folders / "plain", cwd=tmp_path / "one", run=TUNE)
+    two = train(2, *flags, folders / "plain", "--fsdp", 2, cwd=tmp_path / "two", run=TUNE)
+    # Not the parameters: a bias of keys changes no attention, so its gradient is rounding, and AdamW makes an update of that.
+    for record, other in zip(without_times(two), without_times(one), strict=True):
+        assert record == pytest.approx(other, rel=1e-5)
+    constant = ("--learning-rate", 0, "--min-learning-rate", 0)
+    again = train(2, *flags, one, "--fsdp", 2, *constant, cwd=tmp_path / "again", run=TUNE)
+    assert_equal_bits(load_run(again).params, load_run(one).params)
+
+
+def test_models_that_differ_between_processes_are_told_apart(folders):
+    plain = open_source(folders / "plain")
+    other = load_params(plain) | {"final_norm": {"scale": np.ones(16), "shift": np.zeros(16)}}
+    assert hosts.first_numbers(plain.params) == hosts.first_numbers(load_params(plain))
+    assert hosts.first_numbers(plain.params) != hosts.first_numbers(other)
 
 
 @pytest.mark.slow
@@ -275,7 +329,7 @@ def test_what_ends_one_process_ends_the_others_with_the_same_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-LONG = ("--max-steps", "100000", "--decay-steps", "100", "--eval-every", "100000", "--checkpoint-every", "100000")
+LONG = (*DECAY, "--max-steps", "100000", "--eval-every", "100000", "--checkpoint-every", "100000")
 
 
 def wait_for_step(process, step):
@@ -317,7 +371,7 @@ def test_killed_at_random_moments_processes_resume_bit_for_bit(tmp_path, n, kill
     """A third of the kills come when a save is seen to be under way."""
     updates = 4 * kills + 8
     often = ("--eval-every", 7, "--checkpoint-every", 3, "--sample-tokens", 0)
-    flags = ("--max-steps", updates, *often, "--fsdp", n, "--gather", "layer", "--resume")
+    flags = (*DECAY, "--max-steps", updates, *often, "--fsdp", n, "--gather", "layer", "--resume")
     (tmp_path / "whole").mkdir()
     whole = train(n, *flags, cwd=tmp_path / "whole")
     generator, folder = random.Random(n), tmp_path / "run" / "checkpoints"

@@ -3,8 +3,10 @@
 import gzip
 import importlib.util
 import json
+import shutil
 import signal
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -18,6 +20,7 @@ from conftest import SMALL, refused
 from test_survival import FLAGS
 from test_train import CONFIG, TEXT, run_to_the_end
 
+import flaxgpt.checkpoint
 import flaxgpt.train
 from flaxgpt.checkpoint import Checkpoints
 from flaxgpt.config import GPTConfig
@@ -140,6 +143,7 @@ def wandb(monkeypatch):
     fake.__spec__ = importlib.util.spec_from_loader("wandb", None)
     fake.Error = type("Error", (Exception,), {})
     fake.Html = lambda text: ("html", text)
+    fake.login = lambda: True
     fake.init = lambda **options: runs.append(FakeRun(**options)) or runs[-1]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     fake.runs = runs
@@ -163,15 +167,23 @@ def test_weights_and_biases_gets_every_record_and_sample_and_a_resumed_run_its_i
     assert (tmp_path / "run" / "wandb.txt").read_text() == first.options["id"]
 
 
-def test_weights_and_biases_that_refuse_are_one_line(config, tmp_path, wandb):
+@pytest.mark.parametrize("asked", ["login", "init"])
+def test_weights_and_biases_that_refuse_are_one_line(call, tmp_path, wandb, asked):
     def refuse(**_):
         raise wandb.Error("api_key not configured (no-tty).\nmore")
 
-    wandb.init = refuse
-    with pytest.raises(
-        InputError, match=r"Weights & Biases: api_key not configured \(no-tty\)\.: run `wandb login`, or set WANDB_MODE=offline"
-    ):
-        run_to_the_end(config.replace(wandb="mine"), tmp_path / "run")
+    (tmp_path / "text.txt").write_text(TEXT)
+    assert call(train_jax, *FLAGS, "--out-dir", "run")[0] == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"}
+    setattr(wandb, asked, refuse)
+    said = r"Weights & Biases: api_key not configured \(no-tty\)\.: run `wandb login`, or set WANDB_MODE=offline"
+    for script in (train_jax, train_torch):
+        refused(call(script, *FLAGS, "--wandb", "mine", "--out-dir", "new"), said)
+        assert (tmp_path / "new").exists() == (asked == "init")
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    refused(call(train_jax, *FLAGS, "--wandb", "mine", "--out-dir", "run", "--overwrite"), said)
+    if asked == "login":
+        assert all(path.read_bytes() == content for path, content in files.items()), "it touched the run"
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed (the extra wandb)")
@@ -233,8 +245,25 @@ def slow(function, seconds):
 
 def test_the_time_of_each_part_is_counted_for_that_part(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(flaxgpt.train.sharding, "shard_batch", slow(flaxgpt.train.sharding.shard_batch, 0.02))
-    monkeypatch.setattr(flaxgpt.train, "make_sample", slow(flaxgpt.train.make_sample, 0.3))
-    monkeypatch.setattr(Checkpoints, "save", slow(Checkpoints.save, 0.1))
+    sample, save, seal, sampled = flaxgpt.train.make_sample, Checkpoints.save, flaxgpt.checkpoint.seal, threading.Event()
+
+    def slow_sample(*args):
+        time.sleep(0.3)
+        try:
+            return sample(*args)
+        finally:
+            sampled.set()
+
+    def slow_save(checkpoints, state):
+        """For 0.1 s in the loop, and in the background until 0.2 s after the next evaluation."""
+        checkpoints.wait()
+        sampled.clear()
+        time.sleep(0.1)
+        save(checkpoints, state)
+
+    monkeypatch.setattr(flaxgpt.train, "make_sample", slow_sample)
+    monkeypatch.setattr(Checkpoints, "save", slow_save)
+    monkeypatch.setattr(flaxgpt.checkpoint, "seal", lambda path: (sampled.wait() and time.sleep(0.2)) or seal(path))
     jitted = flaxgpt.train.jit_train_step
     monkeypatch.setattr(flaxgpt.train, "jit_train_step", lambda *args: slow(jitted(*args), 0.05))
     run_to_the_end(config.replace(log_every=1), tmp_path / "run")
@@ -245,6 +274,7 @@ def test_the_time_of_each_part_is_counted_for_that_part(config, tmp_path, monkey
     assert sum(r["seconds/compute"] for r in lines) > 12 * 0.05
     assert all(r["seconds/evaluation"] > 0.3 for r in evaluations)
     assert [r["seconds/checkpoint"] > 0.1 for r in evaluations] == [False, True, True, True]  # saved after 5, 10 and 12 updates
+    assert evaluations[-1]["seconds/checkpoint"] > 0.1 + 0.2, "waiting for the last save is counted too"
     parts = spent(records)
     assert sum(parts.values()) == pytest.approx(records[-1]["seconds"], abs=0.01)
     assert list(parts) == [*PARTS, "other"]

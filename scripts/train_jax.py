@@ -35,12 +35,13 @@ def main() -> None:
         with hosts.first_before_others():
             resume = args.resume and has_run(args.out_dir)
             cfg, corpus = prepare(args.config, args.out_dir, resume=resume, overwrite=args.overwrite)
-        hosts.check_same(flags=[cfg.to_dict(), resume], data=corpus.fingerprint())
+        hosts.check_same(flags=[cfg.to_dict(), resume, args.source is None], data=corpus.fingerprint())
         if args.resume and not resume and hosts.is_first():
             print(f"{args.out_dir}: there is no run yet to go on with, so it begins")
         params = None
         if args.source:
             params = cropped(load_params(args.source) if args.source.params is None else args.source.params, cfg.model)
+            hosts.check_same(init_from=hosts.first_numbers(params))
         kind = RunLog if hosts.is_first() else SilentLog
         with kind(args.out_dir, init_from=args.source and str(args.source.path.absolute())) as log:
             train(cfg, corpus, log, resume=resume, params=params, profile=profile)

@@ -178,5 +178,8 @@ def write_text(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():
         raise InputError(f"can't write {path}: it is not a file")
     scratch = path.with_name(f".{path.name}.writing")
-    scratch.write_text(text, encoding="utf-8")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or a host that dies may leave the new name with nothing in it
     os.replace(scratch, path)

@@ -93,6 +93,7 @@ class RunLog:
             peak_flops: operations a second that all devices together can do, if that is known.
         """
         self._cfg, self._peak_flops = cfg, peak_flops
+        self._watchers[1:1] = make_watchers(cfg)  # before anything is written, since one may refuse
         if not self._lock:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.out_dir)
@@ -100,7 +101,6 @@ class RunLog:
         self._started = self._logged_at = time.perf_counter()
         self._first, self._logged_step = step, step - 1
         self._acknowledged = False
-        self._watchers[1:1] = make_watchers(cfg)
         start = Start(cfg, corpus, self.out_dir, step, resume, n_params, devices, self._init_from)
         for watcher in self._watchers:
             watcher.begin(start)

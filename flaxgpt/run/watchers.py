@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import importlib.util
 import json
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -68,8 +70,12 @@ def check_installed(cfg: TrainConfig) -> None:
 
 
 def make_watchers(cfg: TrainConfig) -> list[Watcher]:
-    """The watchers that a run asks for."""
-    return [TensorBoard()] * cfg.tensorboard + [WeightsAndBiases()] * (cfg.wandb is not None)
+    """The watchers that a run asks for, of which nothing is written yet.
+
+    Raises:
+        InputError: nobody is logged in to Weights & Biases.
+    """
+    return [kind() for kind, asked in ((TensorBoard, cfg.tensorboard), (WeightsAndBiases, cfg.wandb is not None)) if asked]
 
 
 class TensorBoard:
@@ -127,15 +133,17 @@ class WeightsAndBiases:
     """
 
     def __init__(self) -> None:
-        self._run = None
+        import wandb
+
+        self._wandb, self._run = wandb, None
+        with self._refusals():
+            wandb.login()  # asks for the key at a terminal; WANDB_MODE=offline needs none
 
     def begin(self, start: Start) -> None:
         """Begin the run, or go on with the one whose id the run folder has."""
-        import wandb
-
         run_id = read_text(start.folder / WANDB_ID) or secrets.token_hex(4)
-        try:
-            self._run = wandb.init(
+        with self._refusals():
+            self._run = self._wandb.init(
                 project=start.cfg.wandb,
                 id=run_id,
                 name=start.folder.name,
@@ -143,11 +151,7 @@ class WeightsAndBiases:
                 resume="allow",
                 config=start.cfg.to_dict() | {"n_params": start.n_params, "devices": start.devices},
             )
-        except (wandb.Error, ValueError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise InputError(f"Weights & Biases: {reason}: run `wandb login`, or set WANDB_MODE=offline") from None
         write_text(start.folder / WANDB_ID, run_id)
-        self._html = wandb.Html
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
@@ -157,12 +161,21 @@ class WeightsAndBiases:
 
     def sample(self, step: int, text: str) -> None:
         """The text, as it is."""
-        self._run.log({"step": step, "sample": self._html(f"<pre>{html.escape(text)}</pre>")})
+        self._run.log({"step": step, "sample": self._wandb.Html(f"<pre>{html.escape(text)}</pre>")})
 
     def close(self) -> None:
         """Send what is left."""
         if self._run:
             self._run.finish()
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """What Weights & Biases refuses, as an InputError."""
+        try:
+            yield
+        except (self._wandb.Error, ValueError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(f"Weights & Biases: {reason}: run `wandb login`, or set WANDB_MODE=offline") from None
 
 
 def _code(text: str) -> str:
