@@ -26,7 +26,7 @@ from flaxgpt.plan.search import settle
 from flaxgpt.plan.targets import present
 from flaxgpt.profiler import Tracer
 from flaxgpt.run.folder import CHECKPOINTS, PROFILE
-from flaxgpt.run.log import RunLog, check_loss
+from flaxgpt.run.log import RunLog, check_loss, not_finite
 from flaxgpt.state import TrainState, abstract_state, count_params, create_state
 from flaxgpt.step import Metrics, jit_train_step, make_eval_step
 from flaxgpt.types import Batch, Params
@@ -132,6 +132,8 @@ def train(
             if saves or evaluates:
                 report(*unreported)  # first, since it refuses what is not finite and not worth saving
                 unreported = None
+                if not all_finite(state.params):
+                    raise not_finite(step, f", {last_saved(checkpoints)}")
             if saves:
                 with log.timed("checkpoint"):
                     checkpoints.save(state)
@@ -150,8 +152,15 @@ def train(
     return state
 
 
+@jax.jit
+def all_finite(params: Params) -> jax.Array:
+    """Whether every parameter is a number: a boolean."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
+
+
 def last_saved(checkpoints: Checkpoints) -> str:
-    """What there is to go back to, for a message."""
+    """What there is to go back to, for a message, once what is being saved is on disk."""
+    checkpoints.wait()
     return "no checkpoint was saved" if checkpoints.newest is None else f"the last checkpoint is of {checkpoints.newest} updates"
 
 

@@ -12,6 +12,7 @@ from conftest import SMALL, assert_close, assert_equal_bits, random_ids, random_
 from flaxgpt.checkpoint import load_run
 from flaxgpt.config import TrainConfig
 from flaxgpt.data.loader import train_batches
+from flaxgpt.errors import InputError
 from flaxgpt.model import forward
 from flaxgpt.optim import make_optimizer
 from flaxgpt.run.folder import COLUMNS, load_config, read_metrics
@@ -156,9 +157,25 @@ def test_ctrl_c_finishes_the_update_saves_and_can_be_resumed(config, tmp_path, m
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_remedy(config, tmp_path):
-    with pytest.raises(ValueError, match=r"at step \d+ the loss is .*: lower learning_rate"):
+    with pytest.raises(ValueError, match=r"after step 0 the training loss is nan, .*: start anew with a lower learning_rate"):
         run_to_the_end(config.replace(learning_rate=1e30, min_learning_rate=None, clip_norm=None), tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*")), "a broken state was saved"
+
+
+NO_NUMBERS, NO_LOSS = "there are parameters that are not finite", "the validation loss (nan|inf)"
+
+
+@pytest.mark.parametrize(
+    ("trains", "learning_rate", "weight_decay", "said"),  # torch itself refuses rates of more than 3e37
+    [(train, 3e38, 10.0, NO_NUMBERS), (train, 3e37, 0.0, NO_LOSS), (train_torch, 3e37, 1e3, NO_NUMBERS), (train_torch, 3e37, 0.0, NO_LOSS)],
+)
+def test_a_last_update_that_ruins_the_model_is_an_error(config, tmp_path, trains, learning_rate, weight_decay, said):
+    rates = {"warmup_steps": 0, "learning_rate": learning_rate, "min_learning_rate": None, "weight_decay": weight_decay}
+    cfg, corpus = prepare(config.replace(model=SMALL, max_steps=1, **rates), tmp_path / "run")
+    anew = rf"after step 0 .*{said}.*: start anew with a lower learning_rate"
+    with RunLog(tmp_path / "run") as log, pytest.raises(InputError, match=anew):
+        trains(cfg, corpus, log)
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text(), "that is no JSON"
 
 
 def test_accumulated_microbatches_give_the_whole_batch_s_update():

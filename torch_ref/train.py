@@ -11,7 +11,7 @@ from flaxgpt.config import TrainConfig
 from flaxgpt.data.corpora import Corpus
 from flaxgpt.data.tokenizer import Tokenizer
 from flaxgpt.run.folder import CHECKPOINTS, TORCH_WEIGHTS
-from flaxgpt.run.log import RunLog, check_loss
+from flaxgpt.run.log import RunLog, check_loss, not_finite
 from torch_ref.checkpoint import save_model, to_tensors
 from torch_ref.data.loader import create_dataloaders, endless
 from torch_ref.generation.generate import generate_text_simple
@@ -56,6 +56,8 @@ def train(cfg: TrainConfig, corpus: Corpus, log: RunLog, *, weights: Mapping[str
         last = step == cfg.max_steps - 1 or log.stop.requested
         saves = last or (step + 1) % cfg.checkpoint_every == 0
         evaluates = last or step % cfg.eval_every == 0
+        if (saves or evaluates) and not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise not_finite(step)
         if saves:
             with log.timed("checkpoint"):
                 save_model(model, log.out_dir / CHECKPOINTS / TORCH_WEIGHTS)

@@ -24,6 +24,8 @@ from flaxgpt.run.watchers import Start, Watcher, make_watchers
 
 DRAW_SECONDS = 15
 """Pictures are drawn anew no sooner than this after the last time, but at the end: it takes as long as twenty small updates."""
+ANEW = "start anew with a lower learning_rate or with clip_norm"
+"""What helps where numbers are not finite."""
 
 
 class RunLog:
@@ -149,7 +151,12 @@ class RunLog:
             train_loss: of the training split, in nats per token.
             val_loss: of the validation split, likewise.
             sample: text of the model, or "" for none.
+
+        Raises:
+            InputError: a loss is not finite, and none is to be skipped.
         """
+        if not (math.isfinite(train_loss) and math.isfinite(val_loss)) and not self._cfg.skip_nonfinite:
+            raise InputError(f"after step {step} the training loss is {train_loss}, the validation loss {val_loss}: {ANEW}")
         losses = {"train/loss": train_loss, "val/loss": val_loss}
         perplexities = {"train/perplexity": _perplexity(train_loss), "val/perplexity": _perplexity(val_loss)}
         self._record(step, losses | perplexities | self.timed.take("evaluation", "checkpoint"))
@@ -167,7 +174,7 @@ class RunLog:
 
     def summary(self, command: str) -> None:
         """Show what was reached, what the time went to, where everything is, and the command that samples from the run."""
-        last = [record for record in self._folder.records if "val/loss" in record][-1]
+        last = next((record for record in reversed(self._folder.records) if "val/loss" in record), None)
         self._terminal.summary(last, spent(self._folder.records), self.out_dir, command)
 
     def _unwritable(self, error: BaseException) -> InputError | None:
@@ -204,8 +211,13 @@ def check_loss(step: int, loss: float, grad_norm: float, where: str = "") -> Non
         InputError: the loss or its gradient is not finite, so that going on would be pointless.
     """
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        remedy = "lower learning_rate, set clip_norm or allow --skip-nonfinite"
-        raise InputError(f"at step {step} the loss is {loss}, the gradient's norm {grad_norm}{where}: {remedy}")
+        said = f"at step {step} the loss is {loss}, the gradient's norm {grad_norm}{where}"
+        raise InputError(f"{said}: {ANEW}, or allow --skip-nonfinite")
+
+
+def not_finite(step: int, where: str = "") -> InputError:
+    """For a loop to raise before it saves or evaluates parameters: a finite gradient can be followed by a step that is not."""
+    return InputError(f"after step {step} there are parameters that are not finite{where}: {ANEW}")
 
 
 def _perplexity(loss: float) -> float:

@@ -76,14 +76,16 @@ class Terminal:
         """Where a trace is, and what opens it."""
         self._console.print(f"profile: {trace} (for https://ui.perfetto.dev; or xprof {trace.parents[3]})", markup=False)
 
-    def summary(self, last: Record, seconds: dict[str, float], folder: Path, command: str) -> None:
-        """What the last evaluation found, what the time went to, where everything is, and the command that samples from it."""
+    def summary(self, last: Record | None, seconds: dict[str, float], folder: Path, command: str) -> None:
+        """What the last evaluation found (if there was one), what the time went to, where everything is, the command that samples."""
         self.close()
         whole = sum(seconds.values()) or 1.0
-        table = {
+        evaluated = last and {
             "step": f"{last['step']} ({last['tokens']:,} tokens, {last['seconds']:,.0f} s)",
             "train": f"loss {last['train/loss']:.3f}, perplexity {last['train/perplexity']:,.1f}",
             "validation": f"loss {last['val/loss']:.3f}, perplexity {last['val/perplexity']:,.1f}",
+        }
+        table = (evaluated or {}) | {
             "time": ", ".join(f"{part} {spent:,.1f} s ({spent / whole:.0%})" for part, spent in seconds.items()),
             "files": f"{folder}/: {REPORT}, {LOSS_PLOT}, {METRICS_CSV}, {METRICS}, {SAMPLES}, {CHECKPOINTS}/",
             "sample": command,
