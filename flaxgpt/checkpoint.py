@@ -236,8 +236,9 @@ class Checkpoints:
                     items = self._restore_from(path, wanted)
                 except InputError:
                     raise
-                except (ValueError, OSError, LookupError, TypeError) as error:  # IndexError: a file ends too soon
-                    fault = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                except Exception as error:  # Orbax wraps some in a bare Exception
+                    cause = error.__cause__ or error
+                    fault = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
                 fault = next(filter(None, of_all(fault)), None)
             if not fault:
                 self._at = step
