@@ -236,8 +236,9 @@ class Checkpoints:
                     items = self._restore_from(path, wanted)
                 except InputError:
                     raise
-                except (ValueError, OSError, LookupError, TypeError) as error:  # IndexError: a file ends too soon
-                    fault = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                except Exception as error:  # Orbax wraps some in a bare Exception
+                    cause = error.__cause__ or error
+                    fault = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
                 fault = next(filter(None, of_all(fault)), None)
             if not fault:
                 self._at = step
@@ -272,12 +273,15 @@ def _raised_and_no_more() -> Iterator[None]:
 
 
 def _report_unless_late(report: Callable[[Any], object], unraisable: Any) -> None:
-    """Python's `sys.unraisablehook`, `report`, but not for a write that comes back to a save which has failed.
+    """Python's `sys.unraisablehook`, `report`, but for what comes late of a save or restore that has failed.
 
-    Orbax raises what the first of its writes fails with, and closes the event loop under the others. TensorStore calls that loop from
-    threads of C++ when they are done, and has nobody else to tell that it is closed.
+    Orbax raises what the first of its reads or writes fails with, and closes the event loop under the others. A write then calls that loop
+    from a thread of C++, which has nobody else to tell that it is closed; a read that is thrown away makes an error even of that.
     """
-    if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+    error = unraisable.exc_value
+    write = unraisable.object is None and str(error) == "Event loop is closed"
+    read = isinstance(error, Exception) and isinstance(error.__cause__, GeneratorExit)
+    if not (write or read):
         report(unraisable)
 
 

@@ -268,7 +268,7 @@ def test_a_damaged_checkpoint_is_left_out_by_all_processes_alike(two, tmp_path):
     (run / "checkpoints" / "15" / CHECKSUMS).unlink()
     seal(run / "checkpoints" / "15")
     results = finished(started(range(2), 2, *UPDATES, "--tensor", 2, "--resume", cwd=tmp_path))
-    assert [code for code, *_ in results] == [0, 0], results
+    assert [code for code, *_ in results] == [0, 0], "\n".join(err for *_, err in results)
     assert re.search(r"checkpoints/20 is damaged \(.* is not what was saved\); .*checkpoints/15 is damaged \(.*; using 10", results[0][2])
     assert "damaged" not in results[1][2], "one line is enough"
     assert_equal_bits(load_run(run).params, whole)
