@@ -40,17 +40,10 @@ def _of_output(climb: Climb, link: Link) -> list[str]:
         return None if output is None else links[name].to_reference([output], [shapes[name]])[0]
 
     outputs = {name: link.to_reference([port.outputs[link.port[0]]], [shapes[name]])[0] for name, link in links.items()}
-    inputs = _inputs(port.inputs)
     ours = climb.run("reference", "float64")
-    reference = Recording({**ours.outputs}, _inputs(ours.inputs), {}, {}, ours.loss)
-    theirs = Recording(outputs, {name: inputs[link.port[0]] for name, link in links.items() if link.port[0] in inputs}, {}, {}, port.loss)
+    reference = Recording({**ours.outputs}, {**ours.inputs}, {}, {}, ours.loss)
+    theirs = Recording(
+        outputs, {name: port.inputs[link.port[0]] for name, link in links.items() if link.port[0] in port.inputs}, {}, {}, port.loss
+    )
     parameters = climb.pair.reference.parameters(batch)
     return diagnose(link.reference[0], reference, theirs, parameters=parameters, batch=batch, run=run).lines
-
-
-def _inputs(flat: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, ...]]:
-    inputs: dict[str, tuple[np.ndarray, ...]] = {}
-    for key, x in flat.items():
-        name = key.partition("\n")[0]
-        inputs[name] = (*inputs.get(name, ()), x)
-    return inputs
