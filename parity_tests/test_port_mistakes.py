@@ -23,9 +23,10 @@ def slowly(mistake):
 
 @pytest.mark.parametrize("mistake", [slowly(mistake) for mistake in MISTAKES])
 def test_a_planted_mistake_is_found_and_explained(mistake):
-    backward = mistake.first.startswith("backward/")
-    verdict = check(mistake.planted(), ("activations", "gradients") if backward else FORWARD)
-    assert verdict.first["backward" if backward else "forward"] == mistake.first, f"{mistake.name} is found elsewhere, or not at all"
+    verdict = check(mistake.planted(), ("activations", "gradients") if mistake.backward else FORWARD)
+    assert verdict.first["backward" if mistake.backward else "forward"] == mistake.first, (
+        f"{mistake.name} is found elsewhere, or not at all"
+    )
     said = "\n".join(verdict.diagnosis)
     assert mistake.says in said, f"{mistake.name}: the diagnosis is\n{said}"
     assert mistake.suspect == (" in the port, " in said), "a cause is named only for what is on the list"

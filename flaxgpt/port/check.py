@@ -24,8 +24,11 @@ from flaxgpt.port.names import Link, Table, closest
 from flaxgpt.port.pair import Pair
 from flaxgpt.port.recorder import OUTPUT, AdamW, Recorder, Recording, matches, probe
 
-RUNGS = ("parameters", "activations", "loss", "gradients", "clipping", "adamw", "training")
-"""In order. The first is for a port that has parameters of its own."""
+NUMBERED = ("activations", "loss", "gradients", "clipping", "adamw", "training")
+"""In order; rung n of the report is the n-th, from 1."""
+
+RUNGS = ("parameters", *NUMBERED)
+"""The first is for a port that has parameters of its own."""
 
 FACTOR = 2
 """A difference may be this many times what both sides' own errors add up to."""

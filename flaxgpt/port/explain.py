@@ -25,7 +25,17 @@ def explain(climb: Climb, first: Mapping[str, str | None]) -> list[str]:
         row = next(row for row in climb.output_rows("outputs") if row.name == first["forward"])
         return [describe(row.of("reference", "float64"), row.of("port", "float64"))]
     rows = [row for row in climb.gradient_rows() if row.name == first["backward"]]
-    return [f"{row.name}: {describe(row.of('reference', 'float64'), row.of('port', 'float64'))}" for row in rows]
+    return [_of_gradient(row.name, row.of("reference", "float64"), row.of("port", "float64")) for row in rows]
+
+
+def _of_gradient(name: str, reference: np.ndarray, port: np.ndarray) -> str:
+    """All outputs agree, and so do the gradients before this one: it is the way back from there to here that is wrong."""
+    look = describe(reference, port)
+    if not port.any():
+        return f"{name}: the gradient stops here ({look}): a stop_gradient, a detached tensor, or a backward rule that gives nothing"
+    if " times the reference" in look:
+        return f"{name}: {look}: a stop_gradient on part of it, a term counted twice, or a backward rule with another factor"
+    return f"{name}: {look}"
 
 
 def _of_output(climb: Climb, link: Link) -> list[str]:

@@ -1,6 +1,6 @@
 """What the recorders of models in JAX have in common: parameters by name, one pass, updates.
 
-All of it is traced, and run one operation at a time (`flaxgpt.port.evaluate`).
+A pass is traced, with layers that are scanned taken apart, and run in pieces (`flaxgpt.port.evaluate`); updates are compiled as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from flaxgpt.errors import InputError
-from flaxgpt.port.evaluate import Program, Tree
+from flaxgpt.port.evaluate import QUICK, Program, Tree
 from flaxgpt.port.kept import Keep, Kept, Lazy, in_memory, opened
 from flaxgpt.port.recorder import OUTPUT, AdamW, Batch, Clipped, Cotangent, Recording, Take, Tensors, Trained, kind_of, probe, refused
 from flaxgpt.port.tap import Tape, recording, to_numpy
@@ -132,13 +132,13 @@ class JaxRecorder(abc.ABC):
         """The norm that the gradients had, and the gradients, clipped."""
         clip = self.clipping or clip_by_global_norm(settings.clip_norm)
 
+        @functools.partial(jax.jit, donate_argnums=0, compiler_options=QUICK)
         def run(tree: Tree) -> tuple[jax.Array, Tree]:
             return optax.tree.norm(tree), clip.update(tree, clip.init(tree))[0]
 
         with precision(dtype):
-            shapes = {name: jax.ShapeDtypeStruct(x.shape, _at_least_float32(dtype)) for name, x in gradients.items()}
-            norm, clipped = Program(run, shapes)(_kept(gradients), keep=keep)
-        return norm(), opened(clipped)
+            norm, clipped = run({name: jnp.array(g, _at_least_float32(dtype)) for name, g in gradients.items()})
+        return to_numpy(norm), opened({name: keep(to_numpy(g)) for name, g in clipped.items()})
 
     def train(
         self,
@@ -157,28 +157,28 @@ class JaxRecorder(abc.ABC):
         losses = []
         with precision(dtype):
             given, wide = on_device(batch, dtype), _at_least_float32(dtype)
-            shapes = {name: jax.ShapeDtypeStruct(shape, wide) for name, shape in self.shapes(batch).items()}
 
-            def loss_of(params: dict[str, jax.Array]) -> jax.Array:
-                output = self._output({name: x.astype(dtype) for name, x in params.items()}, given, batch, dtype, None)
+            def run(params: Tree) -> jax.Array:
+                output = self._first(jax.tree.map(lambda x: x.astype(dtype), params), given, batch, dtype, None)
                 return self._loss(output, given, cotangent)
 
-            def init(params: dict[str, jax.Array]) -> optax.OptState:
-                return tx.init(restored(params, tree, stacked))
+            @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=QUICK)
+            def update(params: Tree, state: optax.OptState, fixed: Tree | None) -> tuple[Any, ...]:
+                loss, grads = jax.value_and_grad(run)(params) if fixed is None else (jnp.zeros(()), fixed)
+                changes, state = tx.update(grads, state, params)
+                return optax.apply_updates(params, changes), state, loss
 
-            def update(params: dict[str, jax.Array], state: optax.OptState, grads: dict[str, jax.Array] | None) -> tuple[Any, ...]:
-                loss, grads = jax.value_and_grad(loss_of)(params) if grads is None else (jnp.zeros(()), grads)
-                whole = restored(params, tree, stacked)
-                changes, state = tx.update(restored(grads, tree, stacked), state, whole)
-                return named(optax.apply_updates(whole, changes), stacked), state, loss
+            def whole(arrays: Mapping[str, np.ndarray]) -> Tree:
+                return jax.tree.map(lambda x: jnp.array(x, wide), restored(arrays, tree, stacked))
 
-            params = _kept(self.parameters(batch) if parameters is None else parameters)
-            state = Program(init, shapes)(params, keep=keep)
-            program = Program(update, shapes, jax.eval_shape(init, shapes), None if gradients is None else shapes)
+            params = whole(self.parameters(batch) if parameters is None else parameters)
+            fixed = None if gradients is None else whole(gradients)
+            state = tx.init(params)
             for _ in range(updates):
-                params, state, loss = program(params, state, None if gradients is None else _kept(gradients), keep=keep)
-                losses.append(loss())
-        return np.array(losses), opened(params)
+                params, state, loss = update(params, state, fixed)
+                losses.append(to_numpy(loss))
+            after = named(jax.tree.map(to_numpy, params), stacked)
+            return np.array(losses), opened({name: keep(x) for name, x in after.items()})
 
     def _run(
         self,
@@ -192,12 +192,17 @@ class JaxRecorder(abc.ABC):
         shapes = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in self.shapes(batch).items()}
         return Program(function, shapes)(_kept(self.parameters(batch) if parameters is None else parameters), keep=keep)
 
-    def _output(self, params: dict[str, jax.Array], given: Any, batch: Batch, dtype: str, tape: Tape | None) -> jax.Array:
+    def _output(self, params: dict[str, jax.Array], given: Any, batch: Batch, dtype: str, tape: Tape) -> jax.Array:
+        """Of the named parameters, everything that can be seen laid open."""
         layers: dict[int, list[jax.Array]] = {}
         whole = restored(params, *self.template(batch), layers)
+        with unrolled(layers):
+            return self._first(whole, given, batch, dtype, tape)
+
+    def _first(self, params: Tree, given: Any, batch: Batch, dtype: str, tape: Tape | None) -> jax.Array:
+        """The first array of what the model returns."""
         try:
-            with unrolled(layers):
-                result = self.call(whole, given, dtype, tape)
+            result = self.call(params, given, dtype, tape)
         except InputError:
             raise
         except Exception as error:

@@ -62,7 +62,7 @@ class TorchRecorder:
             loss: (output, batch) -> (); None: a fixed random sum of the output.
             take: which element of a module's result is its output: {"model.layers.{}.self_attn": 0}.
             optimizer: model -> a function that makes update number n, from 0, of the run, clipping included; None: AdamW as `check` says.
-            clip: clips the gradients of a model and returns their norm; None: by global norm.
+            clip: clips the gradients of a model, whatever its parameters are, and returns their norm; None: by global norm.
             rebuild: makes such a model again. In float64 it is called with torch's default dtype float64, so that what the model computes
                 when it is made (the frequencies of rotary positions) is float64 too; None: that is as the model has it.
         """
@@ -173,7 +173,8 @@ class TorchRecorder:
 
     def clip(self, gradients: Mapping[str, np.ndarray], settings: AdamW, dtype: str, keep: Keep = in_memory) -> Clipped:
         """The norm that the gradients had, and the gradients, clipped."""
-        model = self._copy("float64" if dtype == "float64" else "float32", None)
+        wide = torch.float64 if dtype == "float64" else torch.float32
+        model = self._with(lambda parameter: torch.zeros((), dtype=wide).expand(parameter.shape))  # what they are does not matter
         _set_gradients(model, gradients)
         norm = self.clipping(model) if self.clipping else nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         return np.asarray(norm), opened({name: keep(_shared(p.grad)) for name, p in model.named_parameters()})
@@ -213,7 +214,7 @@ class TorchRecorder:
                 model = _in_float64(self.rebuild)
                 model.load_state_dict({name: x.to(wide) if x.is_floating_point() else x for name, x in self.model.state_dict().items()})
             else:
-                model = copy.deepcopy(self.model)
+                model = self._with(lambda parameter: parameter.detach().to("cpu", wide, copy=True))
         model = model.to("cpu", wide).eval().requires_grad_(True)
         model.zero_grad()
         if parameters is not None:
@@ -221,6 +222,10 @@ class TorchRecorder:
                 for name, parameter in model.named_parameters():
                     parameter.copy_(torch.tensor(parameters[name]))
         return model
+
+    def _with(self, make: Callable[[nn.Parameter], torch.Tensor]) -> nn.Module:
+        """A copy with other parameters, where there is never a second copy of the model's own."""
+        return copy.deepcopy(self.model, {id(parameter): nn.Parameter(make(parameter)) for parameter in self.model.parameters()})
 
     def _output(self, model: nn.Module, given: Any, batch: Batch) -> torch.Tensor:
         try:
