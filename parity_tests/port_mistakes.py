@@ -23,7 +23,7 @@ class Mistake(NamedTuple):
     name: str
     port: str
     first: str
-    """The first tensor of the forward pass that parts; or of the backward pass, after "backward/"."""
+    """The first tensor of the forward pass that parts; or of the backward pass, after "backward/" or "gradients/"."""
     says: str
     """What stands in the diagnosis: the cause, where it is one of the usual suspects, and else how the difference looks."""
     old: str = ""
@@ -35,6 +35,11 @@ class Mistake(NamedTuple):
     def suspect(self) -> bool:
         """Whether the diagnosis must name a cause."""
         return " in the port" in self.says
+
+    @property
+    def backward(self) -> bool:
+        """Whether all outputs are right."""
+        return self.first.startswith(("backward/", "gradients/"))
 
     def planted(self, **sizes: int) -> Pair:
         """The pair, with the mistake in the port or in the table."""
@@ -336,6 +341,22 @@ MISTAKES = (
         "the port is 0.5 times the reference",
         "q_BTNH = rotate(q_BTNH",
         "v_BSKH = (v_BSKH + jax.lax.stop_gradient(v_BSKH)) / 2\n        q_BTNH = rotate(q_BTNH",
+    ),
+    Mistake(
+        "gradient stopped at the gate",
+        "llama",
+        "backward/model.layers.1.mlp.gate_proj",
+        "the gradient stops here",
+        "nn.silu(gate_BTF)",
+        "nn.silu(jax.lax.stop_gradient(gate_BTF))",
+    ),
+    Mistake(
+        "frozen weight of the norm",
+        "llama",
+        "gradients/model.layers.0.input_layernorm.weight",
+        "the gradient stops here",
+        "return weight *",
+        "return jax.lax.stop_gradient(weight) *",
     ),
     Mistake(
         "scores capped",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from port_mistakes import MISTAKES, STORY, changed, draft
 
-from flaxgpt.port.check import check
+from flaxgpt.port.check import NUMBERED, check
 
 PORT_PAGE = Path(__file__).parent.parent / "docs" / "port.md"
 FAST = ("eps 1e-6", "grouped heads tiled", "exact GELU")
@@ -23,9 +23,10 @@ def slowly(mistake):
 
 @pytest.mark.parametrize("mistake", [slowly(mistake) for mistake in MISTAKES])
 def test_a_planted_mistake_is_found_and_explained(mistake):
-    backward = mistake.first.startswith("backward/")
-    verdict = check(mistake.planted(), ("activations", "gradients") if backward else FORWARD)
-    assert verdict.first["backward" if backward else "forward"] == mistake.first, f"{mistake.name} is found elsewhere, or not at all"
+    verdict = check(mistake.planted(), ("activations", "gradients") if mistake.backward else FORWARD)
+    assert verdict.first["backward" if mistake.backward else "forward"] == mistake.first, (
+        f"{mistake.name} is found elsewhere, or not at all"
+    )
     said = "\n".join(verdict.diagnosis)
     assert mistake.says in said, f"{mistake.name}: the diagnosis is\n{said}"
     assert mistake.suspect == (" in the port, " in said), "a cause is named only for what is on the list"
@@ -51,7 +52,8 @@ def drawn(seed):
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 50))])
 def test_a_correct_port_gives_no_false_alarm(seed):
-    verdict = check(llama_pair.make_pair(seed=seed, **drawn(seed)), ("activations", "loss", "gradients"))
+    rungs = NUMBERED if seed % 10 == 1 else ("activations", "loss", "gradients")  # updates are compiled for each shape
+    verdict = check(llama_pair.make_pair(seed=seed, **drawn(seed)), rungs)
     assert verdict.passed, (drawn(seed), [row for result in verdict.results for row in result.failures][:3])
 
 

@@ -82,7 +82,7 @@ def main() -> None:
     args = tyro.cli(CheckArgs, description=__doc__)
 
     from flaxgpt.parity import report
-    from flaxgpt.port.check import RUNGS, check
+    from flaxgpt.port.check import NUMBERED, RUNGS, check
     from flaxgpt.port.propose import propose
     from flaxgpt.port.recorder import AdamW
 
@@ -107,7 +107,7 @@ def main() -> None:
         adamw=AdamW(learning_rate=args.learning_rate, weight_decay=args.weight_decay, clip_norm=args.clip_norm),
         bounds=bounds,
         exact_bounds=exact_bounds,
-        progress=lambda result: print("\n".join(report.lines(result)), flush=True),
+        progress=lambda result: print("\n".join(report.lines(result, NUMBERED)), flush=True),
     )
     print("\n".join([*report.verdict(verdict.results), *verdict.diagnosis]))
     about = {"target": args.target, "reference": reference, "port": port, "dtype": args.dtype, "diagnosis": list(verdict.diagnosis)}
@@ -120,6 +120,7 @@ def _write(args: CheckArgs, results: tuple, about: dict[str, object], sides: tup
     import tempfile
 
     from flaxgpt.parity import report
+    from flaxgpt.port.check import NUMBERED
     from flaxgpt.run.folder import write_text
 
     if args.json:
@@ -130,7 +131,7 @@ def _write(args: CheckArgs, results: tuple, about: dict[str, object], sides: tup
         with tempfile.TemporaryDirectory() as folder:
             plot = Path(folder) / "plot.png"
             drawn = report.save_plot(results, plot, *sides)
-            write_text(args.html, report.to_html(results, about, plot if drawn else None, *sides, about["diagnosis"]))
+            write_text(args.html, report.to_html(results, about, plot if drawn else None, *sides, about["diagnosis"], NUMBERED))
 
 
 def _bounds(given: tuple[str, ...], flag: str) -> dict[str, float]:

@@ -23,9 +23,9 @@ def header(reference: str, port: str = "flaxgpt") -> str:
     return _line(_titles(reference, port))
 
 
-def lines(result: Result) -> list[str]:
-    """The lines of the table for a rung, one for each kind of tensor that has bounds of its own."""
-    return [_line(row) for row in _table(result)]
+def lines(result: Result, rungs: Sequence[str] = RUNGS) -> list[str]:
+    """The lines of the table for a rung, one for each kind of tensor that has bounds of its own; `rungs` are numbered, here and below."""
+    return [_line(row) for row in _table(result, rungs)]
 
 
 def verdict(results: Sequence[Result]) -> list[str]:
@@ -61,12 +61,15 @@ def to_html(
     reference: str,
     port: str = "flaxgpt",
     diagnosis: Sequence[str] = (),
+    rungs: Sequence[str] = RUNGS,
 ) -> str:
     """One page that needs nothing else: the verdict, what explains it, what was run, the table, the plot."""
     passed = all(result.passed for result in results)
     image = f'<img alt="difference by layer" src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}">' if plot else ""
     rows = "\n".join(
-        f'<tr class="{row[8]}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for r in results for row in _table(r)
+        f'<tr class="{row[8]}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+        for r in results
+        for row in _table(r, rungs)
     )
     facts = "\n".join(f"<tr><th>{html.escape(str(name))}</th><td>{html.escape(_fact(value))}</td></tr>" for name, value in about.items())
     titles = "".join(f"<th>{title}</th>" for title in _titles(reference, port))
@@ -122,8 +125,8 @@ def _legend(reference: str, port: str) -> str:
     )
 
 
-def _table(result: Result) -> list[tuple[str, ...]]:
-    number = f"{RUNGS.index(result.rung) + 1} " if result.rung in RUNGS else ""
+def _table(result: Result, rungs: Sequence[str]) -> list[tuple[str, ...]]:
+    number = f"{rungs.index(result.rung) + 1} " if result.rung in rungs else ""
     table = []
     groups = _by_kind(result)
     for rows in groups:

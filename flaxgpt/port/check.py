@@ -19,13 +19,16 @@ import numpy as np
 from flaxgpt.errors import InputError
 from flaxgpt.parity.compare import Measurement, Result, first_divergence, relative
 from flaxgpt.port.explain import explain
+from flaxgpt.port.kept import Keep, Lazy, in_files
 from flaxgpt.port.names import Link, Table, closest
 from flaxgpt.port.pair import Pair
-from flaxgpt.port.recorder import OUTPUT, AdamW, Recorder, Recording, Tensors, matches, probe
-from flaxgpt.port.spill import Spilled
+from flaxgpt.port.recorder import OUTPUT, AdamW, Recorder, Recording, matches, probe
 
-RUNGS = ("parameters", "activations", "loss", "gradients", "clipping", "adamw", "training")
-"""In order. The first is for a port that has parameters of its own."""
+NUMBERED = ("activations", "loss", "gradients", "clipping", "adamw", "training")
+"""In order; rung n of the report is the n-th, from 1."""
+
+RUNGS = ("parameters", *NUMBERED)
+"""The first is for a port that has parameters of its own."""
 
 FACTOR = 2
 """A difference may be this many times what both sides' own errors add up to."""
@@ -107,18 +110,6 @@ class Row:
 
 
 @dataclass
-class Run:
-    """A recorded pass, in files."""
-
-    outputs: Mapping[str, np.ndarray]
-    inputs: Mapping[str, np.ndarray]
-    output_gradients: Mapping[str, np.ndarray]
-    parameter_gradients: Mapping[str, np.ndarray]
-    loss: np.ndarray
-    unusable: dict[str, str]
-
-
-@dataclass
 class Climb:
     """A check that is going on: what was recorded, and the rungs."""
 
@@ -129,7 +120,7 @@ class Climb:
     bounds: Mapping[str, float]
     exact_bounds: Mapping[str, float]
     folder: Path
-    runs: dict[tuple[str, str], Run] = field(default_factory=dict)
+    runs: dict[tuple[str, str], Recording] = field(default_factory=dict)
     floors: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,17 +134,15 @@ class Climb:
         """The recorder of the "reference" or of the "port"."""
         return getattr(self.pair, side)
 
-    def to_port(self, tensors: Mapping[str, np.ndarray]) -> Tensors:
+    def to_port(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """What is by the names of the reference's parameters, by those of the port's."""
-        return {
-            name: x
-            for link in self.links
-            for name, x in zip(
-                link.port,
-                link.to_port([tensors[name] for name in link.reference], [self.shapes["port"][name] for name in link.port]),
-                strict=True,
-            )
-        }
+        places = {name: (link, i) for link in self.links for i, name in enumerate(link.port)}
+
+        def one(name: str) -> np.ndarray:
+            link, i = places[name]
+            return link.to_port([tensors[other] for other in link.reference], [self.shapes["port"][other] for other in link.port])[i]
+
+        return Lazy(places, one)
 
     # rungs
 
@@ -185,10 +174,11 @@ class Climb:
         gradients = self.run("reference", "float32").parameter_gradients
         norm = float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradients.values())))
         for share in (2.0, 0.5):
-            scaled = {name: (g * (share * self.adam.clip_norm / norm)).astype(np.float32) for name, g in gradients.items()}
-            runs = self._both(f"clipping-{share}", functools.partial(self._clipped, scaled))
-            norm_row = Row("norm", lambda side, dtype, runs=runs: runs(side, dtype)["norm"])
-            rows = self._measured("clipping", [norm_row, *self._rows_of("clipped", runs)])
+            factor = share * self.adam.clip_norm / norm
+            scaled = Lazy(gradients, lambda name, factor=factor: (gradients[name] * factor).astype(np.float32))
+            runs = functools.cache(functools.partial(self._clipped, scaled))
+            norm_row = Row("norm", lambda side, dtype, runs=runs: runs(side, dtype)[0])
+            rows = self._measured("clipping", [norm_row, *self._rows_of("clipped", lambda *run, runs=runs: runs(*run)[1])])
             yield from (replace(row, name=f"{row.name} ({share:g} times the limit)") for row in rows)
 
     def adamw(self) -> list[Measurement]:
@@ -200,39 +190,38 @@ class Climb:
         """The loss before each of some updates, and the parameters after them."""
         return self._trained("training", lambda side: None)
 
-    def _clipped(self, gradients: Tensors, side: str, dtype: str) -> Tensors:
-        return self.recorder(side).clip(self._for(side, gradients), self.adam, dtype)
+    def _clipped(self, gradients: Mapping[str, np.ndarray], side: str, dtype: str) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
+        return self.recorder(side).clip(self._for(side, gradients), self.adam, dtype, self._keep())
 
-    def _trained(self, rung: str, gradients: Callable[[str], Tensors | None]) -> list[Measurement]:
+    def _trained(self, rung: str, gradients: Callable[[str], Mapping[str, np.ndarray] | None]) -> list[Measurement]:
         """Parameters are compared by how far AdamW may move them: by its rate, each update."""
 
-        def train(side: str, dtype: str) -> Tensors:
+        @functools.cache
+        def train(side: str, dtype: str) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
             settings = self.adam, self.updates, dtype, self.start(side), gradients(side)
-            after = self.recorder(side).train(self.pair.batch, *settings, self.cotangent if side == "port" else None)
-            return {name.removeprefix("parameter/"): x for name, x in after.items()}
+            return self.recorder(side).train(self.pair.batch, *settings, self.cotangent if side == "port" else None, self._keep())
 
-        runs = self._both(rung, train)
-        losses = [Row("loss", lambda side, dtype: runs(side, dtype)["loss"])] if rung == "training" else []
-        return self._measured(rung, [*losses, *self._rows_of("parameter", runs, self.adam.learning_rate * self.updates)])
+        losses = [Row("loss", lambda *run: train(*run)[0])] if rung == "training" else []
+        parameters = self._rows_of("parameter", lambda *run: train(*run)[1], self.adam.learning_rate * self.updates)
+        return self._measured(rung, [*losses, *parameters])
 
-    def _for(self, side: str, tensors: Mapping[str, np.ndarray]) -> Tensors:
-        return self.to_port(tensors) if side == "port" else {**tensors}
+    def _for(self, side: str, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return self.to_port(tensors) if side == "port" else tensors
 
-    def _both(self, label: str, compute: Callable[[str, str], Tensors]) -> Callable[[str, str], Mapping[str, np.ndarray]]:
-        """What a side computes in a precision, computed once and kept in files."""
-        return functools.cache(lambda side, dtype: Spilled(compute(side, dtype), self.folder / label / f"{side}-{dtype}"))
+    def _keep(self) -> Keep:
+        """Puts away what is about to be computed."""
+        return in_files(Path(tempfile.mkdtemp(dir=self.folder)))
 
     # rows
 
-    def run(self, side: str, dtype: str) -> Run:
+    def run(self, side: str, dtype: str) -> Recording:
         """A pass, recorded when it is first needed."""
         if (side, dtype) not in self.runs:
             cotangent = self.cotangent if side == "port" else None
-            record = self.recorder(side).record(self.pair.batch, dtype, self.start(side), cotangent)
-            self.runs[side, dtype] = self._spilled(record, self.folder / f"{side}-{dtype}")
+            self.runs[side, dtype] = self.recorder(side).record(self.pair.batch, dtype, self.start(side), cotangent, self._keep())
         return self.runs[side, dtype]
 
-    def start(self, side: str) -> Tensors | None:
+    def start(self, side: str) -> Mapping[str, np.ndarray] | None:
         """The parameters to compute with; None: the side's own."""
         return self.converted if side == "port" else None
 
@@ -240,11 +229,6 @@ class Climb:
         """What the reference's output is multiplied with, in the layout of the port's."""
         ours = self.run("reference", "float64").outputs[OUTPUT].shape
         return self.table.whole().to_port([probe(ours)], [shape])[0]
-
-    def _spilled(self, record: Recording, folder: Path) -> Run:
-        inputs = {f"{name}\n{i}": x for name, xs in record.inputs.items() for i, x in enumerate(xs)}
-        parts = {"o": record.outputs, "i": inputs, "g": record.output_gradients, "p": record.parameter_gradients}
-        return Run(*(Spilled(x, folder / part) for part, x in parts.items()), record.loss, record.unusable)
 
     def output_links(self) -> list[Link]:
         """Which outputs are compared.
@@ -262,7 +246,7 @@ class Climb:
             raise InputError(f"the table pairs no module of the reference ({some[0]}, ...) with one of the port ({some[1]}, ...)")
         return links
 
-    def _check_taken(self, side: str, run: Run) -> None:
+    def _check_taken(self, side: str, run: Recording) -> None:
         for name, what in run.unusable.items():
             if self.table.has(name, side):
                 raise InputError(

@@ -25,7 +25,17 @@ def explain(climb: Climb, first: Mapping[str, str | None]) -> list[str]:
         row = next(row for row in climb.output_rows("outputs") if row.name == first["forward"])
         return [describe(row.of("reference", "float64"), row.of("port", "float64"))]
     rows = [row for row in climb.gradient_rows() if row.name == first["backward"]]
-    return [f"{row.name}: {describe(row.of('reference', 'float64'), row.of('port', 'float64'))}" for row in rows]
+    return [_of_gradient(row.name, row.of("reference", "float64"), row.of("port", "float64")) for row in rows]
+
+
+def _of_gradient(name: str, reference: np.ndarray, port: np.ndarray) -> str:
+    """All outputs agree, and so do the gradients before this one: it is the way back from there to here that is wrong."""
+    look = describe(reference, port)
+    if not port.any():
+        return f"{name}: the gradient stops here ({look}): a stop_gradient, a detached tensor, or a backward rule that gives nothing"
+    if " times the reference" in look:
+        return f"{name}: {look}: a stop_gradient on part of it, a term counted twice, or a backward rule with another factor"
+    return f"{name}: {look}"
 
 
 def _of_output(climb: Climb, link: Link) -> list[str]:
@@ -40,17 +50,10 @@ def _of_output(climb: Climb, link: Link) -> list[str]:
         return None if output is None else links[name].to_reference([output], [shapes[name]])[0]
 
     outputs = {name: link.to_reference([port.outputs[link.port[0]]], [shapes[name]])[0] for name, link in links.items()}
-    inputs = _inputs(port.inputs)
     ours = climb.run("reference", "float64")
-    reference = Recording({**ours.outputs}, _inputs(ours.inputs), {}, {}, ours.loss)
-    theirs = Recording(outputs, {name: inputs[link.port[0]] for name, link in links.items() if link.port[0] in inputs}, {}, {}, port.loss)
+    reference = Recording({**ours.outputs}, {**ours.inputs}, {}, {}, ours.loss)
+    theirs = Recording(
+        outputs, {name: port.inputs[link.port[0]] for name, link in links.items() if link.port[0] in port.inputs}, {}, {}, port.loss
+    )
     parameters = climb.pair.reference.parameters(batch)
     return diagnose(link.reference[0], reference, theirs, parameters=parameters, batch=batch, run=run).lines
-
-
-def _inputs(flat: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, ...]]:
-    inputs: dict[str, tuple[np.ndarray, ...]] = {}
-    for key, x in flat.items():
-        name = key.partition("\n")[0]
-        inputs[name] = (*inputs.get(name, ()), x)
-    return inputs

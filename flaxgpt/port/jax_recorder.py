@@ -1,11 +1,15 @@
-"""What the recorders of models in JAX have in common: parameters by name, one pass, updates."""
+"""What the recorders of models in JAX have in common: parameters by name, one pass, updates.
+
+A pass is traced, with layers that are scanned taken apart, and run in pieces (`flaxgpt.port.evaluate`); updates are compiled as they are.
+"""
 
 from __future__ import annotations
 
 import abc
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,18 +18,13 @@ import numpy as np
 import optax
 
 from flaxgpt.errors import InputError
-from flaxgpt.port.recorder import OUTPUT, AdamW, Batch, Cotangent, Recording, Take, Tensors, kind_of, probe, refused
+from flaxgpt.port.evaluate import QUICK, Program, Tree
+from flaxgpt.port.kept import Keep, Kept, Lazy, in_memory, opened
+from flaxgpt.port.recorder import OUTPUT, AdamW, Batch, Clipped, Cotangent, Recording, Take, Tensors, Trained, kind_of, probe, refused
 from flaxgpt.port.tap import Tape, recording, to_numpy
-
-Tree = Any
-"""A pytree of arrays."""
 
 Loss = Callable[[jax.Array, Any], jax.Array]
 """(the model's output, the batch) -> (), to be differentiated."""
-
-
-QUICK = {"xla_backend_optimization_level": 0}
-"""A pass is compiled for one run: of GPT-2 with two layers, that takes 2.8 s in place of 4.5 s on one core."""
 
 
 class JaxRecorder(abc.ABC):
@@ -71,59 +70,75 @@ class JaxRecorder(abc.ABC):
         """The model's own parameters."""
         return named(jax.tree.map(to_numpy, self.own()), self.template(batch)[1])
 
-    def record(self, batch: Batch, dtype: str, parameters: Tensors | None = None, cotangent: Cotangent | None = None) -> Recording:
+    def record(
+        self,
+        batch: Batch,
+        dtype: str,
+        parameters: Mapping[str, np.ndarray] | None = None,
+        cotangent: Cotangent | None = None,
+        keep: Keep = in_memory,
+    ) -> Recording:
         """One forward and backward pass."""
         tapes = []
 
-        def run(params: Tree, given: Any) -> tuple[Any, ...]:
-            with unrolled():
-                tape = Tape(jax.tree.leaves(params)[0], self.take)
-                tapes.append(tape)
+        def run(params: dict[str, jax.Array]) -> tuple[Any, ...]:
+            tape = Tape(next(iter(params.values())), self.take)
+            tapes.append(tape)
 
-                def forward(params: Tree) -> jax.Array:
-                    with recording(tape):
-                        output = self._output(params, given, batch, dtype, tape)
-                    return self._loss(tape.watched(OUTPUT, output), given, cotangent)
+            def forward(params: dict[str, jax.Array]) -> jax.Array:
+                with recording(tape):
+                    output = self._output(params, given, batch, dtype, tape)
+                return self._loss(tape.watched(OUTPUT, output), given, cotangent)
 
-                loss, gradients = jax.value_and_grad(forward)(params)
-                return loss, gradients, tape.outputs, tape.inputs, tape.gradients
+            loss, gradients = jax.value_and_grad(forward)(params)
+            return loss, gradients, tape.outputs, tape.inputs, tape.gradients
 
         with precision(dtype):
-            found = jax.jit(run, donate_argnums=0, compiler_options=QUICK)(self._params(batch, parameters, dtype), on_device(batch, dtype))
-            loss, gradients, outputs, inputs, backward = jax.tree.map(to_numpy, jax.device_get(found))
-        outputs = {name: outputs[name] for name in tapes[0].outputs}  # a jitted function returns dicts in the order of their keys
-        backward = {name: backward[name] for name in reversed(outputs) if name in backward}
-        if dtype == "float64" and (narrow := [name for name, x in outputs.items() if x.dtype == np.float32]):
+            given = on_device(batch, dtype)
+            loss, gradients, outputs, inputs, backward = self._run(run, batch, dtype, parameters, keep)
+        (tape,) = tapes
+        if dtype == "float64" and (narrow := [name for name, x in tape.outputs.items() if x.dtype == jnp.float32]):
             raise InputError(
                 f"the {self.side} model computes {narrow[0]} in float32 where float64 is asked for: "
                 "give the recorder a function of the dtype that makes the model, or leave dtype out of its modules"
             )
-        own = named(gradients, self.template(batch)[1])
-        return Recording(outputs, inputs, backward, own, loss, tapes[0].classes, tapes[0].unusable)
+        # JAX gives dicts back in the order of their keys.
+        return Recording(
+            opened({name: outputs[name] for name in tape.outputs}),
+            Lazy(inputs, lambda name: tuple(kept() for kept in inputs[name])),
+            opened({name: backward[name] for name in reversed(tape.outputs) if name in backward}),
+            opened(gradients),
+            loss(),
+            tape.classes,
+            tape.unusable,
+        )
 
     def run_submodule(
-        self, batch: Batch, name: str, inputs: tuple[np.ndarray, ...], dtype: str, parameters: Tensors | None = None
+        self, batch: Batch, name: str, inputs: tuple[np.ndarray, ...], dtype: str, parameters: Mapping[str, np.ndarray] | None = None
     ) -> np.ndarray | None:
         """What one submodule alone returns for these inputs."""
 
-        def run(params: Tree, given: Any) -> jax.Array | None:
-            with unrolled():
-                tape = Tape(jax.tree.leaves(params)[0], self.take, (name, inputs))
-                with recording(tape):
-                    self._output(params, given, batch, dtype, tape)
-                return tape.outputs.get(name) if name in tape.inputs else None
+        def run(params: dict[str, jax.Array]) -> jax.Array | None:
+            tape = Tape(next(iter(params.values())), self.take, (name, inputs))
+            with recording(tape):
+                self._output(params, on_device(batch, dtype), batch, dtype, tape)
+            return tape.outputs.get(name) if name in tape.inputs else None
 
         with precision(dtype):
-            found = jax.jit(run, compiler_options=QUICK)(self._params(batch, parameters, dtype), on_device(batch, dtype))
-            return None if found is None else to_numpy(found)
+            found = self._run(run, batch, dtype, parameters, in_memory)
+        return None if found is None else found()
 
-    def clip(self, gradients: Tensors, settings: AdamW, dtype: str) -> Tensors:
-        """The gradients, clipped, and the norm that they had."""
+    def clip(self, gradients: Mapping[str, np.ndarray], settings: AdamW, dtype: str, keep: Keep = in_memory) -> Clipped:
+        """The norm that the gradients had, and the gradients, clipped."""
+        clip = self.clipping or clip_by_global_norm(settings.clip_norm)
+
+        @functools.partial(jax.jit, donate_argnums=0, compiler_options=QUICK)
+        def run(tree: Tree) -> tuple[jax.Array, Tree]:
+            return optax.tree.norm(tree), clip.update(tree, clip.init(tree))[0]
+
         with precision(dtype):
-            tree = {name: jnp.asarray(g, _at_least_float32(dtype)) for name, g in gradients.items()}
-            clip = self.clipping or clip_by_global_norm(settings.clip_norm)
-            clipped, norm = clip.update(tree, clip.init(tree))[0], optax.tree.norm(tree)
-            return {"norm": to_numpy(norm), **jax.tree.map(to_numpy, clipped)}
+            norm, clipped = run({name: jnp.array(g, _at_least_float32(dtype)) for name, g in gradients.items()})
+        return to_numpy(norm), opened({name: keep(to_numpy(g)) for name, g in clipped.items()})
 
     def train(
         self,
@@ -131,48 +146,61 @@ class JaxRecorder(abc.ABC):
         settings: AdamW,
         updates: int,
         dtype: str,
-        parameters: Tensors | None = None,
-        gradients: Tensors | None = None,
+        parameters: Mapping[str, np.ndarray] | None = None,
+        gradients: Mapping[str, np.ndarray] | None = None,
         cotangent: Cotangent | None = None,
-    ) -> Tensors:
+        keep: Keep = in_memory,
+    ) -> Trained:
         """Some updates."""
+        tree, stacked = self.template(batch)
+        tx = self.optimizer or make_optimizer(settings)
         losses = []
         with precision(dtype):
-            _, stacked = self.template(batch)
-            wide = _at_least_float32(dtype)
-            params = jax.tree.map(
-                jnp.copy, self._params(batch, parameters, wide)
-            )  # an update donates them, and they may be the model's own
-            given = on_device(batch, dtype)
-            tx = self.optimizer or make_optimizer(settings)
-            fixed = None if gradients is None else restored(gradients, params, stacked, wide)
-            state = tx.init(params)
+            given, wide = on_device(batch, dtype), _at_least_float32(dtype)
 
             def run(params: Tree) -> jax.Array:
-                output = self._output(jax.tree.map(lambda x: x.astype(dtype), params), given, batch, dtype, None)
+                output = self._first(jax.tree.map(lambda x: x.astype(dtype), params), given, batch, dtype, None)
                 return self._loss(output, given, cotangent)
 
             @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=QUICK)
-            def update(params: Tree, state: optax.OptState, given_grads: Tree) -> tuple[Any, ...]:
-                loss, grads = jax.value_and_grad(run)(params) if given_grads is None else (0.0, given_grads)
+            def update(params: Tree, state: optax.OptState, fixed: Tree | None) -> tuple[Any, ...]:
+                loss, grads = jax.value_and_grad(run)(params) if fixed is None else (jnp.zeros(()), fixed)
                 changes, state = tx.update(grads, state, params)
                 return optax.apply_updates(params, changes), state, loss
 
+            def whole(arrays: Mapping[str, np.ndarray]) -> Tree:
+                return jax.tree.map(lambda x: jnp.array(x, wide), restored(arrays, tree, stacked))
+
+            params = whole(self.parameters(batch) if parameters is None else parameters)
+            fixed = None if gradients is None else whole(gradients)
+            state = tx.init(params)
             for _ in range(updates):
                 params, state, loss = update(params, state, fixed)
-                if fixed is None:
-                    losses.append(to_numpy(loss))
-            after = {f"parameter/{name}": x for name, x in named(jax.tree.map(to_numpy, params), stacked).items()}
-        return ({"loss": np.array(losses)} if losses else {}) | after
+                losses.append(to_numpy(loss))
+            after = named(jax.tree.map(to_numpy, params), stacked)
+            return np.array(losses), opened({name: keep(x) for name, x in after.items()})
 
-    def _params(self, batch: Batch, parameters: Tensors | None, dtype: str) -> Tree:
-        """A copy, which may be donated."""
-        tree, stacked = self.template(batch)
-        if parameters is None:
-            return jax.tree.map(lambda x: jnp.array(x, dtype), self.own())
-        return restored(parameters, tree, stacked, dtype)
+    def _run(
+        self,
+        function: Callable[[dict[str, jax.Array]], Tree],
+        batch: Batch,
+        dtype: str,
+        parameters: Mapping[str, np.ndarray] | None,
+        keep: Keep,
+    ) -> Tree:
+        """What a function of the parameters, by name, returns."""
+        shapes = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in self.shapes(batch).items()}
+        return Program(function, shapes)(_kept(self.parameters(batch) if parameters is None else parameters), keep=keep)
 
-    def _output(self, params: Tree, given: Any, batch: Batch, dtype: str, tape: Tape | None) -> jax.Array:
+    def _output(self, params: dict[str, jax.Array], given: Any, batch: Batch, dtype: str, tape: Tape) -> jax.Array:
+        """Of the named parameters, everything that can be seen laid open."""
+        layers: dict[int, list[jax.Array]] = {}
+        whole = restored(params, *self.template(batch), layers)
+        with unrolled(layers):
+            return self._first(whole, given, batch, dtype, tape)
+
+    def _first(self, params: Tree, given: Any, batch: Batch, dtype: str, tape: Tape | None) -> jax.Array:
+        """The first array of what the model returns."""
         try:
             result = self.call(params, given, dtype, tape)
         except InputError:
@@ -204,9 +232,19 @@ def precision(dtype: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unrolled() -> Iterator[None]:
-    """A function is traced as one: scans are loops, what is jitted is inlined, and nothing is rematerialised."""
-    with jax.disable_jit(), replaced(jax, "remat", _as_it_is), replaced(jax, "checkpoint", _as_it_is):
+def unrolled(layers: Mapping[int, Sequence[jax.Array]] = MappingProxyType({})) -> Iterator[None]:
+    """A function is traced as one: scans are loops, what is jitted is inlined, and nothing is rematerialised.
+
+    Args:
+        layers: id of an array in which layers are stacked -> the layers. A scan over it takes those, and no slices of it.
+    """
+    with jax.disable_jit(), contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (jax.lax, "scan", functools.partial(_loop, layers)),
+            (jax, "remat", _as_it_is),
+            (jax, "checkpoint", _as_it_is),
+        ):
+            stack.enter_context(replaced(owner, name, value))
         yield
 
 
@@ -223,15 +261,21 @@ def named(tree: Tree, stacked: Mapping[str, int]) -> Tensors:
     return arrays
 
 
-def restored(arrays: Tensors, tree: Tree, stacked: Mapping[str, int], dtype: Any) -> Tree:
-    """The inverse of `named`, of a tree of that structure."""
+def restored(
+    arrays: Mapping[str, jax.Array], tree: Tree, stacked: Mapping[str, int], layers: dict[int, list[jax.Array]] | None = None
+) -> Tree:
+    """The inverse of `named`, of a tree of that structure; what has been stacked is written to `layers`, by the id of the stack."""
 
     def leaf(path: Any, _: Any) -> jax.Array:
         name = dotted(path)
         prefix = _prefix(name, stacked)
         if prefix is None:
-            return jnp.array(arrays[name], dtype)
-        return jnp.array(np.stack([arrays[f"{prefix}.{i}{name[len(prefix) :]}"] for i in range(stacked[prefix])]), dtype)
+            return arrays[name]
+        parts = [arrays[f"{prefix}.{i}{name[len(prefix) :]}"] for i in range(stacked[prefix])]
+        stack = jnp.stack(parts)
+        if layers is not None:
+            layers[id(stack)] = parts
+        return stack
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
@@ -275,6 +319,28 @@ def _prefix(name: str, stacked: Mapping[str, int]) -> str | None:
 
 def _at_least_float32(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
+
+
+def _kept(arrays: Mapping[str, np.ndarray]) -> dict[str, Kept]:
+    return {name: functools.partial(arrays.__getitem__, name) for name in arrays}
+
+
+def _loop(
+    layers: Mapping[int, Sequence[jax.Array]],
+    step: Callable[[Tree, Tree], tuple[Tree, Tree]],
+    carry: Tree,
+    xs: Tree = None,
+    length: int | None = None,
+    reverse: bool = False,
+    **_: Any,
+) -> tuple[Tree, Tree]:
+    """`jax.lax.scan` as a loop."""
+    count = len(jax.tree.leaves(xs)[0]) if length is None else length
+    results = {}
+    for i in reversed(range(count)) if reverse else range(count):
+        x = jax.tree.map(lambda x, i=i: layers[id(x)][i] if id(x) in layers else x[i], xs)
+        carry, results[i] = step(carry, x)
+    return carry, jax.tree.map(lambda *each: jnp.stack(each), *(results[i] for i in range(count)))
 
 
 def _as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:

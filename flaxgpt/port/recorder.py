@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 from flaxgpt.errors import InputError
+from flaxgpt.port.kept import Keep, in_memory
 
 Tensors: TypeAlias = dict[str, np.ndarray]
 """Arrays by name."""
@@ -27,6 +28,12 @@ Of a module that is not named, it is the first array in what it returns."""
 
 Cotangent: TypeAlias = Callable[[tuple[int, ...]], np.ndarray]
 """The shape of the model's output -> what to multiply it with."""
+
+Clipped: TypeAlias = "tuple[np.ndarray, Mapping[str, np.ndarray]]"
+"""A norm, and gradients."""
+
+Trained: TypeAlias = "tuple[np.ndarray, Mapping[str, np.ndarray]]"
+"""Losses, and parameters."""
 
 OUTPUT = "<output>"
 """The name of what the whole model returns."""
@@ -48,14 +55,14 @@ class AdamW:
 class Recording:
     """One forward and backward pass."""
 
-    outputs: Tensors
+    outputs: Mapping[str, np.ndarray]
     """What each module returns, by its name, in the order of computation; the model's own is OUTPUT. A module that is called again
     has @1, @2 and so on after its name."""
-    inputs: dict[str, tuple[np.ndarray, ...]]
+    inputs: Mapping[str, tuple[np.ndarray, ...]]
     """The arrays that each module is called with, in order."""
-    output_gradients: Tensors
+    output_gradients: Mapping[str, np.ndarray]
     """Of the loss with respect to those outputs, where it depends on them, the last one first."""
-    parameter_gradients: Tensors
+    parameter_gradients: Mapping[str, np.ndarray]
     """Of the loss with respect to the parameters; zero where it does not depend on one."""
     loss: np.ndarray
     """(), the loss."""
@@ -85,7 +92,14 @@ class Recorder(Protocol):
             InputError: it has none.
         """
 
-    def record(self, batch: Batch, dtype: str, parameters: Tensors | None = None, cotangent: Cotangent | None = None) -> Recording:
+    def record(
+        self,
+        batch: Batch,
+        dtype: str,
+        parameters: Mapping[str, np.ndarray] | None = None,
+        cotangent: Cotangent | None = None,
+        keep: Keep = in_memory,
+    ) -> Recording:
         """One forward and backward pass, without dropout.
 
         Args:
@@ -94,13 +108,14 @@ class Recorder(Protocol):
             parameters: to compute with.
             cotangent: where the recorder was given no loss, the loss is the sum of the model's output times what this makes of its
                 shape, over the square root of its size; None: `probe`.
+            keep: takes each array as soon as it is there, and what it returns gives it back: `flaxgpt.port.kept.in_files` puts it on disk.
 
         Raises:
             InputError: the model refuses the batch.
         """
 
     def run_submodule(
-        self, batch: Batch, name: str, inputs: tuple[np.ndarray, ...], dtype: str, parameters: Tensors | None = None
+        self, batch: Batch, name: str, inputs: tuple[np.ndarray, ...], dtype: str, parameters: Mapping[str, np.ndarray] | None = None
     ) -> np.ndarray | None:
         """What one submodule alone returns for these inputs; None where this can't be done (a plain function has no modules).
 
@@ -108,8 +123,8 @@ class Recorder(Protocol):
         such counterpart stays as it is in a pass over the batch.
         """
 
-    def clip(self, gradients: Tensors, settings: AdamW, dtype: str) -> Tensors:
-        """The gradients clipped to the settings' norm, and the global "norm" () that they had."""
+    def clip(self, gradients: Mapping[str, np.ndarray], settings: AdamW, dtype: str, keep: Keep = in_memory) -> Clipped:
+        """The global norm () that the gradients had, and the gradients clipped to the settings' norm."""
 
     def train(
         self,
@@ -117,10 +132,11 @@ class Recorder(Protocol):
         settings: AdamW,
         updates: int,
         dtype: str,
-        parameters: Tensors | None = None,
-        gradients: Tensors | None = None,
+        parameters: Mapping[str, np.ndarray] | None = None,
+        gradients: Mapping[str, np.ndarray] | None = None,
         cotangent: Cotangent | None = None,
-    ) -> Tensors:
+        keep: Keep = in_memory,
+    ) -> Trained:
         """Some updates: clipped, then AdamW (or the recorder's own optimizer).
 
         Args:
@@ -131,9 +147,10 @@ class Recorder(Protocol):
             parameters: to start with.
             gradients: to make all updates with; None: the model's own.
             cotangent: as in `record`.
+            keep: as in `record`.
 
         Returns:
-            "loss" (updates,), before each of them, unless gradients are given; and "parameter/..." after the last.
+            The loss (updates,) before each of them, 0 if gradients are given; and the parameters after the last.
         """
 
 

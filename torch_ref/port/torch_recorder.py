@@ -13,7 +13,23 @@ import torch
 from torch import nn
 
 from flaxgpt.errors import InputError
-from flaxgpt.port.recorder import OUTPUT, AdamW, Batch, Cotangent, Recording, Take, Tensors, kind_of, probe, refused, taken, taker
+from flaxgpt.port.kept import Keep, Kept, Lazy, in_memory, opened
+from flaxgpt.port.recorder import (
+    OUTPUT,
+    AdamW,
+    Batch,
+    Clipped,
+    Cotangent,
+    Recording,
+    Take,
+    Tensors,
+    Trained,
+    kind_of,
+    probe,
+    refused,
+    taken,
+    taker,
+)
 from torch_ref.port.wide import Wide
 
 
@@ -46,7 +62,7 @@ class TorchRecorder:
             loss: (output, batch) -> (); None: a fixed random sum of the output.
             take: which element of a module's result is its output: {"model.layers.{}.self_attn": 0}.
             optimizer: model -> a function that makes update number n, from 0, of the run, clipping included; None: AdamW as `check` says.
-            clip: clips the gradients of a model and returns their norm; None: by global norm.
+            clip: clips the gradients of a model, whatever its parameters are, and returns their norm; None: by global norm.
             rebuild: makes such a model again. In float64 it is called with torch's default dtype float64, so that what the model computes
                 when it is made (the frequencies of rotary positions) is float64 too; None: that is as the model has it.
         """
@@ -61,31 +77,47 @@ class TorchRecorder:
         """The model's own parameters."""
         return {name: _shared(parameter) for name, parameter in self.model.named_parameters()}
 
-    def record(self, batch: Batch, dtype: str, parameters: Tensors | None = None, cotangent: Cotangent | None = None) -> Recording:
+    def record(
+        self,
+        batch: Batch,
+        dtype: str,
+        parameters: Mapping[str, np.ndarray] | None = None,
+        cotangent: Cotangent | None = None,
+        keep: Keep = in_memory,
+    ) -> Recording:
         """One forward and backward pass."""
         model = self._copy(dtype, parameters)
-        record = Recording({}, {}, {}, {}, np.zeros(()))
-        gradients: Tensors = {}
+        outputs, gradients, own = {}, {}, {}
+        inputs: dict[str, tuple[Kept, ...]] = {}
+        classes, unusable = {}, {}
         calls: dict[str, int] = {}
 
         def watch(name: str, output: torch.Tensor) -> None:
-            record.outputs[name] = _numpy(output)
+            outputs[name] = keep(_numpy(output))
             if output.requires_grad:
-                output.register_hook(lambda gradient: gradients.__setitem__(name, _numpy(gradient)))
+                output.register_hook(lambda gradient: gradients.__setitem__(name, keep(_numpy(gradient))))
 
         def before(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls[path] = calls.get(path, -1) + 1
-            record.inputs[_numbered(path, calls[path])] = tuple(_numpy(x) for x in _tensors((args, kwargs)))
+            inputs[_numbered(path, calls[path])] = tuple(keep(_numpy(x)) for x in _tensors((args, kwargs)))
 
         def after(path: str, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
             name = _numbered(path, calls[path])
-            record.classes[name] = type(module).__name__
+            classes[name] = type(module).__name__
             output = _element(name, result, self.take)
             if output is None:
-                record.unusable[name] = kind_of(result)
+                unusable[name] = kind_of(result)
             else:
                 watch(name, output)
 
+        def finished(name: str, parameter: nn.Parameter) -> None:
+            """Its gradient is complete, and nothing asks for the parameter any more: neither stays in memory."""
+            own[name] = keep(_shared(parameter.grad))
+            parameter.grad, parameter.data = None, parameter.new_empty(0)
+
+        for name, parameter in model.named_parameters():
+            own[name] = functools.partial(np.zeros, tuple(parameter.shape))  # where the loss does not depend on it
+            parameter.register_post_accumulate_grad_hook(functools.partial(finished, name))
         with _precision(dtype), contextlib.ExitStack() as hooks:
             for path, module in model.named_modules():
                 if path:
@@ -96,12 +128,18 @@ class TorchRecorder:
             watch(OUTPUT, output)
             loss = self._loss(output, given, cotangent)
         loss.backward()
-        own = {name: _shared(torch.zeros_like(p) if p.grad is None else p.grad) for name, p in model.named_parameters()}
-        backward = {name: gradients[name] for name in reversed(record.outputs) if name in gradients}
-        return Recording(record.outputs, record.inputs, backward, own, _numpy(loss), record.classes, record.unusable)
+        return Recording(
+            opened(outputs),
+            Lazy(inputs, lambda name: tuple(kept() for kept in inputs[name])),
+            opened({name: gradients[name] for name in reversed(outputs) if name in gradients}),
+            opened(own),
+            _numpy(loss),
+            classes,
+            unusable,
+        )
 
     def run_submodule(
-        self, batch: Batch, name: str, inputs: tuple[np.ndarray, ...], dtype: str, parameters: Tensors | None = None
+        self, batch: Batch, name: str, inputs: tuple[np.ndarray, ...], dtype: str, parameters: Mapping[str, np.ndarray] | None = None
     ) -> np.ndarray | None:
         """What one submodule alone returns for these inputs."""
         model = self._copy(dtype, parameters)
@@ -133,12 +171,13 @@ class TorchRecorder:
                 return reached.args[0]
         return None
 
-    def clip(self, gradients: Tensors, settings: AdamW, dtype: str) -> Tensors:
-        """The gradients, clipped, and the norm that they had."""
-        model = self._copy("float64" if dtype == "float64" else "float32", None)
+    def clip(self, gradients: Mapping[str, np.ndarray], settings: AdamW, dtype: str, keep: Keep = in_memory) -> Clipped:
+        """The norm that the gradients had, and the gradients, clipped."""
+        wide = torch.float64 if dtype == "float64" else torch.float32
+        model = self._with(lambda parameter: torch.zeros((), dtype=wide).expand(parameter.shape))  # what they are does not matter
         _set_gradients(model, gradients)
         norm = self.clipping(model) if self.clipping else nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        return {"norm": np.asarray(norm), **{name: _numpy(p.grad) for name, p in model.named_parameters()}}
+        return np.asarray(norm), opened({name: keep(_shared(p.grad)) for name, p in model.named_parameters()})
 
     def train(
         self,
@@ -146,10 +185,11 @@ class TorchRecorder:
         settings: AdamW,
         updates: int,
         dtype: str,
-        parameters: Tensors | None = None,
-        gradients: Tensors | None = None,
+        parameters: Mapping[str, np.ndarray] | None = None,
+        gradients: Mapping[str, np.ndarray] | None = None,
         cotangent: Cotangent | None = None,
-    ) -> Tensors:
+        keep: Keep = in_memory,
+    ) -> Trained:
         """Some updates."""
         model = self._copy(dtype, parameters)
         update = self.optimizer(model) if self.optimizer else _adamw(model, settings)
@@ -164,10 +204,9 @@ class TorchRecorder:
             else:
                 _set_gradients(model, gradients)
             update(step)
-        after = {f"parameter/{name}": _numpy(p) for name, p in model.named_parameters()}
-        return ({"loss": np.array(losses)} if losses else {}) | after
+        return np.array(losses), opened({name: keep(_shared(p)) for name, p in model.named_parameters()})
 
-    def _copy(self, dtype: str, parameters: Tensors | None) -> nn.Module:
+    def _copy(self, dtype: str, parameters: Mapping[str, np.ndarray] | None) -> nn.Module:
         """The model in float64, or (also for bfloat16, which is computed under autocast) in float32."""
         wide = torch.float64 if dtype == "float64" else torch.float32
         with torch.random.fork_rng(devices=[]):
@@ -175,7 +214,7 @@ class TorchRecorder:
                 model = _in_float64(self.rebuild)
                 model.load_state_dict({name: x.to(wide) if x.is_floating_point() else x for name, x in self.model.state_dict().items()})
             else:
-                model = copy.deepcopy(self.model)
+                model = self._with(lambda parameter: parameter.detach().to("cpu", wide, copy=True))
         model = model.to("cpu", wide).eval().requires_grad_(True)
         model.zero_grad()
         if parameters is not None:
@@ -183,6 +222,10 @@ class TorchRecorder:
                 for name, parameter in model.named_parameters():
                     parameter.copy_(torch.tensor(parameters[name]))
         return model
+
+    def _with(self, make: Callable[[nn.Parameter], torch.Tensor]) -> nn.Module:
+        """A copy with other parameters, where there is never a second copy of the model's own."""
+        return copy.deepcopy(self.model, {id(parameter): nn.Parameter(make(parameter)) for parameter in self.model.parameters()})
 
     def _output(self, model: nn.Module, given: Any, batch: Batch) -> torch.Tensor:
         try:
@@ -296,7 +339,7 @@ def _on_torch(batch: Any, dtype: str) -> Any:
     return x if x.dtype == torch.bool else x.long()
 
 
-def _set_gradients(model: nn.Module, gradients: Tensors) -> None:
+def _set_gradients(model: nn.Module, gradients: Mapping[str, np.ndarray]) -> None:
     for name, parameter in model.named_parameters():
         parameter.grad = torch.tensor(gradients[name], dtype=parameter.dtype)
 
