@@ -39,6 +39,7 @@ import tyro
 
 from flaxgpt.errors import InputError
 from flaxgpt.run.cli import one_line_errors
+from flaxgpt.run.process import give_freed_memory_back
 
 if TYPE_CHECKING:
     from flaxgpt.port.pair import Pair
@@ -79,6 +80,7 @@ class CheckArgs:
 @one_line_errors
 def main() -> None:
     """Parse the flags, make the pair, compare, report."""
+    give_freed_memory_back()
     args = tyro.cli(CheckArgs, description=__doc__)
 
     from flaxgpt.parity import report

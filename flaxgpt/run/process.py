@@ -1,4 +1,4 @@
-"""What a script sets up for its own process: memory that is freed stays for the next update, compiled programs for the next start."""
+"""What a script sets up for its own process: what becomes of memory that is freed, and of compiled programs at the next start."""
 
 from __future__ import annotations
 
@@ -27,9 +27,21 @@ def _keep_freed_memory() -> None:
     more than a third of an update of `shakespeare-char` (docs/performance.md). One arena, since threads that have their own don't
     use what others have freed. Pieces of 1 GB or more still come and go, so that no hole of that size is left behind.
     """
+    _set_malloc({M_ARENA_MAX: 1, M_MMAP_THRESHOLD: 2**30, M_TRIM_THRESHOLD: 2**31 - 1})
+
+
+def give_freed_memory_back() -> None:
+    """Have glibc give pieces of over 1 MB back to the system at once, for a script that holds large arrays one after the other.
+
+    By itself it keeps pieces of up to 32 MB: one copy more of GPT-2 124M, while a port of it is checked (docs/port.md).
+    """
+    _set_malloc({M_MMAP_THRESHOLD: 10**6})
+
+
+def _set_malloc(values: dict[int, int]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:  # glibc; other libraries have other habits
-        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        for parameter, value in values.items():
             mallopt(parameter, value)
 
 
