@@ -15,6 +15,7 @@ import pytest
 import torch
 from browser import CHROMIUM, Browser
 
+from flaxgpt import model as lesson
 from flaxgpt.config import GPTConfig
 from flaxgpt.convert.params import from_torch
 from flaxgpt.data.corpora import cache_dir, download
@@ -34,6 +35,8 @@ torch.set_num_threads(1)  # small models gain nothing by more, and wait for each
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = GPTConfig(vocab_size=97, context_length=16, emb_dim=32, n_heads=4, n_layers=2, drop_rate=0.0)
+forward = jax.jit(lesson.forward, static_argnames="cfg")
+"""One program in place of one for each operation, and of one for the scan at each call."""
 
 
 @pytest.fixture(autouse=True)
