@@ -15,6 +15,7 @@ import pytest
 import torch
 from browser import CHROMIUM, Browser
 
+from flaxgpt import model as lesson
 from flaxgpt.config import GPTConfig
 from flaxgpt.convert.params import from_torch
 from flaxgpt.data.corpora import cache_dir, download
@@ -34,6 +35,10 @@ torch.set_num_threads(1)  # small models gain nothing by more, and wait for each
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = GPTConfig(vocab_size=97, context_length=16, emb_dim=32, n_heads=4, n_layers=2, drop_rate=0.0)
+SMALL_MODEL = ["--n-layers", "1", "--n-heads", "2", "--emb-dim", "16", "--context-length", "8"]
+SMALL_RUN = [*SMALL_MODEL, "--batch-size", "2", "--max-steps", "3", "--eval-batches", "1", "--sample-tokens", "4"]
+forward = jax.jit(lesson.forward, static_argnames="cfg")
+"""One program in place of one for each operation, and of one for the scan at each call."""
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,7 @@ import pytest
 import sample
 import train_jax
 import train_torch
-from conftest import SCRIPTS, refused, refused_by_tyro
-
-SMALL_MODEL = ["--n-layers", "1", "--n-heads", "2", "--emb-dim", "16", "--context-length", "8"]
-SMALL_RUN = [*SMALL_MODEL, "--batch-size", "2", "--max-steps", "3", "--eval-batches", "1", "--sample-tokens", "4"]
+from conftest import SCRIPTS, SMALL_RUN, refused, refused_by_tyro
 
 
 @pytest.mark.parametrize("trainer", [train_jax, train_torch], ids=lambda m: m.__name__)

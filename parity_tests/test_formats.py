@@ -1,11 +1,14 @@
 """Models in and out in every format but Hugging Face's (`test_huggingface.py`): nanoGPT's checkpoints, state_dicts, run folders."""
 
+import contextlib
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import convert_checkpoint
 import jax
@@ -17,7 +20,7 @@ import sample
 import torch
 import train_jax
 import train_torch
-from conftest import SCRIPTS, SMALL, assert_equal_bits, random_ids, random_pair, refused
+from conftest import SCRIPTS, SMALL, assert_equal_bits, forward, random_ids, random_pair, refused
 from hugging_face import NARROW, make_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -49,6 +52,24 @@ def file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture
+def pickles_read_here(monkeypatch):
+    """What a process of its own runs to read a pickle runs in this one: starting it, and importing torch there, takes two seconds."""
+
+    def run(command, **_):
+        assert command[:3] == [sys.executable, "-m", torch_checkpoint.__name__]
+        code, said = 0, io.StringIO()
+        with monkeypatch.context() as patched, contextlib.redirect_stderr(said):
+            patched.setattr(sys, "argv", command[2:])
+            try:
+                torch_checkpoint.main()
+            except SystemExit as stop:
+                code = stop.code
+        return subprocess.CompletedProcess(command, code, stderr=said.getvalue())
+
+    monkeypatch.setattr("flaxgpt.convert.files.subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))
+
+
 def assert_same_logits(found, expected):
     errors = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert errors.max() < 3e-6, f"the logits differ by {errors.max():.1e}"  # 1.1e-6 when this was written
@@ -67,6 +88,7 @@ def test_a_checkpoint_of_nanogpt_computes_the_same_here_on_both_sides(tmp_path, 
         assert_same_logits(found, expected)
 
 
+@pytest.mark.usefixtures("pickles_read_here")
 @pytest.mark.parametrize("to", ["run", "huggingface", "nanogpt", "torch", "safetensors"])
 def test_every_format_comes_back_as_it_went_out(call, file, to):
     code, out, err = call(convert_checkpoint, file, "out", "--to", to)
@@ -90,6 +112,7 @@ def test_every_format_comes_back_as_it_went_out(call, file, to):
         assert (code, len(text)) == (0, 12), err
 
 
+@pytest.mark.usefixtures("pickles_read_here")
 def test_what_is_trained_here_is_the_same_reloaded_and_in_transformers(call, tmp_path):
     shape = ("--n-layers", 2, "--n-heads", 2, "--emb-dim", 16, "--context-length", 120, "--qkv-bias", "--activation", "gelu")
     run = (*shape, "--tokenizer", "gpt2", "--batch-size", 2, "--max-steps", 2, "--warmup-steps", 0, "--learning-rate", 0.01)
@@ -97,12 +120,14 @@ def test_what_is_trained_here_is_the_same_reloaded_and_in_transformers(call, tmp
     for target, to, options in (("hf", "huggingface", ("--shard-gb", 0.002)), ("model.pth", "torch", ())):
         code, _, err = call(convert_checkpoint, "run", target, "--to", to, *options)
         assert code == 0, err
+    with pytest.raises(InputError, match=r"a run of train_jax\.py.*--to torch first"):
+        torch_checkpoint.load("run")
     before = flaxgpt.load("run")
     ids = random_ids(before.cfg, (1, 120))
     for target in ("hf", "model.pth"):
         after = flaxgpt.load(target)
         assert_equal_bits(after.params, before.params)
-        np.testing.assert_array_equal(flaxgpt.forward(after.params, after.cfg, ids), flaxgpt.forward(before.params, before.cfg, ids))
+        np.testing.assert_array_equal(forward(after.params, after.cfg, ids), forward(before.params, before.cfg, ids))
     assert len(list((tmp_path / "hf").glob("model-0000?-of-00002.safetensors"))) == 2
     theirs, prompt = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval(), torch.from_numpy(ids[:, :20])
     greedy = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=100, do_sample=False, pad_token_id=0)
@@ -118,6 +143,7 @@ def test_exact_gelu_of_hugging_face_is_exact_here():
         assert_same_model(params, cfg, model)
 
 
+@pytest.mark.usefixtures("pickles_read_here")
 def test_a_state_dict_of_the_reference_comes_in_with_masks_and_prefixes_or_without(call):
     model, params = random_pair(SMALL)
     course = {"model_state_dict": model.state_dict(), "config": {**SMALL.to_dict(), "drop_rate": 0.0}}
@@ -138,6 +164,7 @@ def test_a_state_dict_of_the_reference_comes_in_with_masks_and_prefixes_or_witho
     refused(call(sample, "--init-from", "out.safetensors"), r"not known what the tokens of out\.safetensors mean")
 
 
+@pytest.mark.usefixtures("pickles_read_here")
 def test_files_are_recognised_by_what_is_in_them(call, file):
     Path("weights.bin").write_bytes(file.read_bytes())
     torch.save({"model_state_dict": random_pair(SMALL)[0].state_dict(), "config": SMALL.to_dict()}, "really-a-pickle.safetensors")
@@ -158,7 +185,7 @@ def test_safetensors_whose_first_byte_is_that_of_a_pickle_are_safetensors(file, 
 
 
 def test_the_scripts_take_a_file_in_place_of_a_folder(call):
-    cfg = SMALL.replace(vocab_size=50304, qkv_bias=True, emb_dim=8, activation="gelu", tie_embeddings=True)
+    cfg = SMALL.replace(vocab_size=50304, qkv_bias=True, emb_dim=8, n_layers=1, activation="gelu", tie_embeddings=True)
     export(Source(Path("a"), cfg, get_tokenizer("gpt2"), random_pair(cfg)[1]), Path("padded"), "safetensors")
     code, out, err = call(sample, "--init-from", "padded", "--prompt", "The end", "--max-new-tokens", 9)
     assert code == 0, err
@@ -187,7 +214,9 @@ def test_a_padded_vocabulary_is_cropped_to_the_same_logits(tied):
 def test_tokens_that_pad_the_vocabulary_are_never_written(temperature):
     tokenizer, params = CharTokenizer("abcdef"), random_pair(SMALL)[1]
     key, settings = jax.random.key(0), flaxgpt.SamplingConfig(temperature=temperature, banned=(2,))
-    free = flaxgpt.generate(params, SMALL, [[0, 1]], 40, settings, key=key)[0, 2:]
+    as_many = settings.replace(banned=(2,) * (SMALL.vocab_size - 6 + 1))  # which compiles to the program of the rest
+    free = flaxgpt.generate(params, SMALL, [[0, 1]], 40, as_many, key=key)[0, 2:]
+    assert 2 not in free
     assert free.max() >= 6, "the model itself does not want to write them, so nothing is tested"
     (text,) = complete_text(params, SMALL, tokenizer, ["ab"], 40, settings, key=key)
     assert set(text.ids) <= {0, 1, 3, 4, 5}
@@ -229,7 +258,7 @@ def test_nanogpts_own_strict_names_are_written(file, tmp_path):
     assert saved["model"]["lm_head.weight"].data_ptr() == saved["model"]["transformer.wte.weight"].data_ptr(), "it is saved twice"
     ids = random_ids(TINY, (2, 16))
     expected = nanogpt.logits(saved["model"], args, torch.from_numpy(ids)).numpy()
-    assert_same_logits(flaxgpt.forward(flaxgpt.load(file).params, TINY, ids), expected)
+    assert_same_logits(forward(flaxgpt.load(file).params, TINY, ids), expected)
     assert (tmp_path / "meta.pkl").is_file()
     with pytest.raises(InputError, match=r"meta\.pkl exists"):
         export(source, tmp_path / "other.pt", "nanogpt", write_pickle=torch_checkpoint.write_pickle)
@@ -288,6 +317,7 @@ def test_a_vocabulary_of_nanogpt_comes_in_and_goes_out(tmp_path):
             read_meta(tmp_path / "meta.pkl")
 
 
+@pytest.mark.usefixtures("pickles_read_here")
 @pytest.mark.parametrize(
     ("make", "pattern"),
     [
@@ -328,16 +358,12 @@ def test_without_torch_the_line_says_how_to_install_it(call, monkeypatch, file):
     refused(call(convert_checkpoint, file, "out", "--to", "torch"), r'--to torch needs torch: pip install -e "\.\[parity\]"')
 
 
-def test_the_reference_loads_the_same_things_but_runs_of_jax(call, file, folders):
+def test_the_reference_loads_the_same_things(file, folders):
     for source in (file, folders / "plain"):
         ours, theirs = flaxgpt.load(source), torch_checkpoint.load(source)
         assert theirs.cfg == ours.cfg
         for name, tensor in named_parameters(ours.params, ours.cfg).items():
             np.testing.assert_array_equal(theirs.model.state_dict()[name], tensor, err_msg=name)
-    run = ("--n-layers", 1, "--n-heads", 1, "--emb-dim", 8, "--context-length", 8, "--max-steps", 1, "--eval-batches", 1)
-    assert call(train_jax, *run, "--sample-tokens", 0, "--out-dir", "run")[0] == 0
-    with pytest.raises(InputError, match=r"a run of train_jax\.py.*--to torch first"):
-        torch_checkpoint.load("run")
 
 
 @pytest.mark.parametrize(
@@ -419,13 +445,19 @@ print((peak() - before) / sum(path.stat().st_size for path in Path(folder).glob(
 """
 
 
-@pytest.mark.parametrize(("what", "copies"), [("load", 1), ("create_state", 3), ("export", 0)])
-def test_no_second_copy_of_a_model_is_in_memory(tmp_path, what, copies):
-    """A state is three copies: the parameters and both moments. An export holds one file of the result at a time."""
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A folder of 103 MB."""
     cfg = flaxgpt.GPTConfig(vocab_size=1000, context_length=64, emb_dim=512, n_heads=8, n_layers=8, qkv_bias=True, tie_embeddings=True)
-    params = flaxgpt.init_params(cfg, jax.random.key(0))
-    export(Source(tmp_path, cfg, None, params), tmp_path / "model", "huggingface")  # 103 MB
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "model"), what]
+    path = tmp_path_factory.mktemp("large") / "model"
+    export(Source(path, cfg, None, random_pair(cfg)[1]), path, "huggingface")
+    return path
+
+
+@pytest.mark.parametrize(("what", "copies"), [("load", 1), ("create_state", 3), ("export", 0)])
+def test_no_second_copy_of_a_model_is_in_memory(large, what, copies):
+    """A state is three copies: the parameters and both moments. An export holds one file of the result at a time."""
+    command = [sys.executable, "-c", MEASURE, str(large), what]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(SCRIPTS.parent)}, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < copies + 0.75, f"{what} takes {float(done.stdout):.2f} times the size of the file"

@@ -15,7 +15,7 @@ import sample
 import torch
 import train_jax
 import train_torch
-from conftest import SCRIPTS, SMALL, assert_equal_bits, refused
+from conftest import SCRIPTS, SMALL, assert_equal_bits, forward, random_pair, refused
 from hugging_face import NARROW, make_model
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -39,7 +39,7 @@ def assert_same_model(params, cfg, theirs):
     ids = np.random.default_rng(1).integers(0, cfg.vocab_size, (2, cfg.context_length))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids)).logits.numpy()
-    found = np.asarray(flaxgpt.forward(params, cfg, ids))
+    found = np.asarray(forward(params, cfg, ids))
     errors = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert errors.max() < 3e-6, (
         f"the logits differ by {errors.max():.1e} at (row, position) {np.unravel_index(errors.argmax(), errors.shape)}"
@@ -108,7 +108,7 @@ def test_every_fault_of_a_state_dict_is_named_in_one_error():
 
 def test_a_model_without_qkv_biases_goes_out_with_zero_ones_and_comes_back():
     cfg = SMALL.replace(qkv_bias=False)
-    params = flaxgpt.init_params(cfg, jax.random.key(0))
+    params = random_pair(cfg)[1]
     state_dict = to_huggingface(params, cfg)
     assert not state_dict["transformer.h.1.attn.c_attn.bias"].any()
     assert_equal_bits(from_huggingface(state_dict, cfg), params)
@@ -264,9 +264,7 @@ def test_an_exported_run_is_transformers_own(call, tmp_path, monkeypatch):
     assert_same_model(ours.params, ours.cfg, theirs)
     back = flaxgpt.load("b")
     ids = np.arange(16)[None]
-    np.testing.assert_array_equal(
-        flaxgpt.forward(back.params, ours.cfg.replace(qkv_bias=True), ids), flaxgpt.forward(back.params, back.cfg, ids)
-    )
+    np.testing.assert_array_equal(forward(back.params, ours.cfg.replace(qkv_bias=True), ids), forward(back.params, back.cfg, ids))
     for name, tensor in to_huggingface(ours.params, ours.cfg).items():
         np.testing.assert_array_equal(load_file(tmp_path / "b" / "model.safetensors")[name], tensor, err_msg=name)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import train_jax
-from conftest import SMALL, assert_close, random_ids, random_pair, refused
+from conftest import SMALL, SMALL_RUN, assert_close, random_ids, random_pair, refused
 
 from flaxgpt import kernels, model
 from flaxgpt.cache import Cache
@@ -72,7 +72,7 @@ def test_a_fused_attention_that_is_impossible_is_refused_before_a_run_folder_is_
 
 
 def test_the_first_line_of_a_run_says_which_attention_it_has(call, tmp_path):
-    _, out, _ = call(train_jax, "--max-steps", 1, "--eval-batches", 1, "--sample-tokens", 0, "--out-dir", tmp_path / "run")
+    _, out, _ = call(train_jax, *SMALL_RUN, "--out-dir", tmp_path / "run")
     assert "plain attention (there is no kernel for cpu)" in out.splitlines()[0]
 
 
@@ -335,8 +335,7 @@ from flaxgpt.config import GPTConfig
 from flaxgpt.kernels import fused_attention
 from flaxgpt.loss import head_loss
 
-shape, kind = tuple(map(int, sys.argv[1].split("x"))), sys.argv[2]
-mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+kind, meshes = sys.argv[1], sys.argv[2:]
 rng, rows = np.random.default_rng(0), ("data", "fsdp")
 if kind == "loss":
     cfg = GPTConfig(vocab_size=97, vocab_multiple=8, loss_chunk=5)
@@ -350,7 +349,7 @@ else:
     arg_specs, axes, whole = (P(rows, "tensor"),) * 3, (0, 0, 0), f
 argnums = tuple(i for i, a in enumerate(args) if a.dtype.kind == "f")
 
-def step(*args):
+def step(shape, *args):
     args = [a if axis is None else a.reshape(shape[0], -1, *a.shape[1:]) for a, axis in zip(args, axes)]
     loss, grads = jax.vmap(jax.value_and_grad(f, argnums), axes, spmd_axis_name="data")(*args)
     grads = [g.mean(0) if axes[i] is None else g.reshape(-1, *g.shape[2:]) / shape[0] for i, g in zip(argnums, grads)]
@@ -361,22 +360,29 @@ def difference(a, b):
 
 with jax.enable_x64(kind == "loss"):
     one = jax.jit(jax.value_and_grad(whole, argnums))(*args)
-    with jax.set_mesh(mesh):
-        shardings = [NamedSharding(mesh, spec) for spec in arg_specs]
-        args = list(map(jax.device_put, args, shardings))
-        compiled = jax.jit(step, out_shardings=(None, [shardings[i] for i in argnums])).lower(*args).compile()
-        split = compiled(*args)
-print(json.dumps(dict(devices=jax.device_count(), difference=difference(split, one), program=compiled.as_text())))
+    for name in meshes:
+        shape = tuple(map(int, name.split("x")))
+        mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+        with jax.set_mesh(mesh):
+            shardings = [NamedSharding(mesh, spec) for spec in arg_specs]
+            placed = list(map(jax.device_put, args, shardings))
+            split_step = jax.jit(functools.partial(step, shape), out_shardings=(None, [shardings[i] for i in argnums]))
+            compiled = split_step.lower(*placed).compile()
+            split = compiled(*placed)
+        print(json.dumps(dict(devices=jax.device_count(), difference=difference(split, one), program=compiled.as_text())))
 """
+MESHES = {"loss": ["8x1x1", "1x8x1", "2x2x2", "1x2x4"], "splash": ["1x8x1", "2x2x2"]}
 
 
-def on_eight(mesh, kind):
+@functools.cache
+def on_eight(kind):
+    """What was found for each of its meshes, in one process."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-c", ON_EIGHT, mesh, kind], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", ON_EIGHT, kind, *MESHES[kind]], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["devices"] == 8
-    return result
+    results = dict(zip(MESHES[kind], map(json.loads, done.stdout.splitlines()), strict=True))
+    assert all(result["devices"] == 8 for result in results.values())
+    return results
 
 
 def sent_in_loops(program):
@@ -392,9 +398,9 @@ def sent_in_loops(program):
     return [math.prod(map(int, filter(None, dims.split(",")))) for result in results for dims in re.findall(r"\w\[([\d,]*)\]", result)]
 
 
-@pytest.mark.parametrize("mesh", ["8x1x1", "1x8x1", "2x2x2", "1x2x4"])
+@pytest.mark.parametrize("mesh", MESHES["loss"])
 def test_the_loss_in_chunks_on_eight_devices_equals_that_on_one(mesh):
-    result = on_eight(mesh, "loss")
+    result = on_eight("loss")[mesh]
     assert result["difference"] < BOUNDS["gradients"].float64
     data, fsdp, tensor = map(int, mesh.split("x"))
     tokens = 8 // data // fsdp * 5
@@ -402,9 +408,9 @@ def test_the_loss_in_chunks_on_eight_devices_equals_that_on_one(mesh):
     assert max(sent_in_loops(result["program"]), default=0) <= most, "in each chunk, more is sent than has to be"
 
 
-@pytest.mark.parametrize("mesh", ["1x8x1", "2x2x2"])
+@pytest.mark.parametrize("mesh", MESHES["splash"])
 def test_splash_attention_on_eight_devices_equals_that_on_one(mesh):
-    result = on_eight(mesh, "splash")
+    result = on_eight("splash")[mesh]
     assert result["difference"] < BOUNDS["activations"].float32
     assert not sent_in_loops(result["program"])
 

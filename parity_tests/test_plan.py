@@ -35,7 +35,8 @@ from flaxgpt.plan.search import fewest_microbatches, left_out, meshes_of, settle
 from flaxgpt.plan.targets import CHIPS, Target, find_target, present
 from flaxgpt.train import describe_choices
 
-RUN = TrainConfig(model=SMALL, batch_size=16, gather="layer")
+ONE_LAYER = SMALL.replace(n_layers=1)  # on a CPU layers are written out, and each takes as long to compile as the first
+RUN = TrainConfig(model=ONE_LAYER, batch_size=16, gather="layer")
 SMALL_FLAGS = ("--batch-size", 4, "--context-length", 16, "--emb-dim", 32, "--n-layers", 1)
 
 LIVE = """
@@ -60,7 +61,7 @@ for cfg in map(TrainConfig.from_dict, json.loads(sys.argv[1])):
 """
 
 SPLIT = RUN.replace(batch_size=48, fsdp=4, grad_accum_steps=2, gather="auto")  # 3 rows: no activation is as large as a parameter
-MEGATRON = RUN.replace(batch_size=12, fsdp=2, tensor=2, model=SMALL.replace(vocab_multiple=4))
+MEGATRON = RUN.replace(batch_size=12, fsdp=2, tensor=2, model=ONE_LAYER.replace(vocab_multiple=4))
 
 
 @functools.cache
@@ -132,7 +133,7 @@ def by_hand(cfg: TrainConfig) -> float:
 
 @pytest.mark.parametrize(("remat", "steps"), [("none", 4), ("block", 1)])
 def test_the_programs_arithmetic_agrees_with_a_count_by_hand(target, remat, steps):
-    cfg = RUN.replace(grad_accum_steps=steps, model=SMALL.replace(remat=remat, vocab_size=331, n_layers=3))
+    cfg = RUN.replace(grad_accum_steps=steps, model=SMALL.replace(remat=remat, vocab_size=331))
     plan = make_plan(cfg, target)
     assert plan.program_flops == pytest.approx(by_hand(cfg), rel=0.01)
     assert plan.doubts == ()
@@ -253,7 +254,7 @@ def test_training_finds_the_microbatches_says_so_and_writes_them(call, monkeypat
     monkeypatch.setattr(
         search, "fitting", lambda cfg, _: dataclasses.replace(small, grad_accum_steps=4) if cfg.grad_accum_steps >= 4 else None
     )
-    flags = ("--max-steps", 1, "--sample-tokens", 0, "--eval-batches", 1)
+    flags = (*SMALL_FLAGS, "--max-steps", 1, "--sample-tokens", 0, "--eval-batches", 1)
     code, out, err = call(train_jax, "--out-dir", tmp_path / "run", "--grad-accum-steps", "auto", *flags)
     assert code == 0, err
     assert "grad_accum_steps 4 (the fewest that fit)" in out.splitlines()[0]
@@ -405,7 +406,7 @@ def test_sizes_that_are_those_of_parameters_and_activations_are_doubted(target):
 
 
 def test_what_was_chosen_is_looked_for_in_the_program(target):
-    cfg = RUN.replace(model=SMALL.replace(loss_chunk=8))
+    cfg = RUN.replace(model=ONE_LAYER.replace(loss_chunk=8))
     plan = make_plan(cfg, target)
     assert (plan.loss_chunk, plan.attention, plan.doubts) == (8, "plain (there is no kernel for cpu)", ())
     wrong = list(doubts(read_program(plan.hlo), cfg, plan_mesh(cfg, target), "cudnn", 16))
