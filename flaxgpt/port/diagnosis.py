@@ -81,7 +81,7 @@ def diagnose(
         where = f"{name}: the output differs by {_far(*target)}"
         if output.shape == port.outputs[name].shape and distance(port.outputs[name], output) <= noise:
             return Diagnosis(where, None, ROUNDING)
-    a, b = (np.asarray(x, np.float64) for x in target)
+    a, b = map(_exact, target)
     cause = None
     if a.shape == b.shape:
         others = {other: np.asarray(value, np.float64) for other, value in parameters.items() if other.rpartition(".")[0] != name}
@@ -193,6 +193,8 @@ def _is_in(name: str, outer: str) -> bool:
 
 
 def _exact(x: np.ndarray) -> np.ndarray:
+    if np.iscomplexobj(x):
+        return np.stack([x.real, x.imag], -1)
     return np.asarray(x, np.int64 if np.asarray(x).dtype.kind in "iub" else np.float64)
 
 

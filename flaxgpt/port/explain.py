@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flaxgpt.parity.compare import Result
 from flaxgpt.port.description import describe
 from flaxgpt.port.diagnosis import diagnose
 from flaxgpt.port.names import Link
@@ -24,8 +25,37 @@ def explain(climb: Climb, first: Mapping[str, str | None]) -> list[str]:
             return _of_output(climb, link)
         row = next(row for row in climb.output_rows("outputs") if row.name == first["forward"])
         return [describe(row.of("reference", "float64"), row.of("port", "float64"))]
+    if first["backward"] == "loss":
+        losses = [float(climb.run(side, "float64").loss) for side in ("port", "reference")]
+        ratio = f", {losses[0] / losses[1]:.6g} times the reference's" if losses[1] and np.isfinite(losses).all() else ""
+        return [f"loss: the port's is {losses[0]:.6g}{ratio} ({losses[1]:.6g})"]
     rows = [row for row in climb.gradient_rows() if row.name == first["backward"]]
     return [_of_gradient(row.name, row.of("reference", "float64"), row.of("port", "float64")) for row in rows]
+
+
+def in_which_precision(results: Sequence[Result], own: int) -> list[str]:
+    """A line on the first tensor that parts, where it does so in one precision only.
+
+    Args:
+        results: of all rungs.
+        own: how many times the reference's error the port's may be.
+    """
+    row = next(row for result in results for row in result.failures)
+    ours, theirs, exact = row.error_flaxgpt, row.error_reference, row.exact
+    if ours is None or theirs is None or row.difference is None or exact is None:
+        return []
+    if not exact > max(row.exact_bound, 2.0**-24 * ours) and not ours <= own * theirs:  # in float64 it is rounding, too
+        return [
+            f"{row.name}: the port's own error against float64 is {ours:.1e}, "
+            + (f"{ours / theirs:.0f} times the reference's" if np.isfinite(ours) and theirs else f"the reference's {theirs:.1e}")
+            + ": something is computed in less than float32, or by a formula that loses digits"
+        ]
+    if row.bound >= row.difference and 2.0**-32 < exact < 2.0**-20:
+        return [
+            f"{row.name}: the two agree in float32, and differ by {exact:.1e} in float64: one of them may hold a constant "
+            "that was computed in float32 (a table, np.float32, a dtype that is not the input's)"
+        ]
+    return []
 
 
 def _of_gradient(name: str, reference: np.ndarray, port: np.ndarray) -> str:

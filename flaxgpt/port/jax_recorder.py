@@ -20,7 +20,23 @@ import optax
 from flaxgpt.errors import InputError
 from flaxgpt.port.evaluate import QUICK, Program, Tree
 from flaxgpt.port.kept import Keep, Kept, Lazy, in_memory, opened
-from flaxgpt.port.recorder import OUTPUT, AdamW, Batch, Clipped, Cotangent, Recording, Take, Tensors, Trained, kind_of, probe, refused
+from flaxgpt.port.recorder import (
+    OUTPUT,
+    AdamW,
+    Batch,
+    Clipped,
+    Cotangent,
+    Recording,
+    Take,
+    Tensors,
+    Trained,
+    check_output,
+    loss_of,
+    probe,
+    refused,
+    taken,
+    taker,
+)
 from flaxgpt.port.tap import Tape, recording, to_numpy
 
 Loss = Callable[[jax.Array, Any], jax.Array]
@@ -200,22 +216,25 @@ class JaxRecorder(abc.ABC):
             return self._first(whole, given, batch, dtype, tape)
 
     def _first(self, params: Tree, given: Any, batch: Batch, dtype: str, tape: Tape | None) -> jax.Array:
-        """The first array of what the model returns."""
+        """The array of what the model returns."""
         try:
             result = self.call(params, given, dtype, tape)
         except InputError:
             raise
         except Exception as error:
             raise refused(self.side, batch, error) from error
-        leaves = jax.tree.leaves(result)
-        if not leaves or not isinstance(leaves[0], jax.Array):
-            raise InputError(f"the {self.side} model returns {kind_of(result)}: give the recorder a call that returns one array")
-        return leaves[0]
+        how = taker(OUTPUT, self.take)
+        chosen = result if how is None else taken("the model", result, how)
+        arrays = [x for x in jax.tree.leaves(chosen) if isinstance(x, jax.Array)]
+        check_output(self.side, result, len(arrays), bool(arrays) and jnp.issubdtype(arrays[0].dtype, jnp.inexact))
+        return arrays[0]
 
     def _loss(self, output: jax.Array, given: Any, cotangent: Cotangent | None) -> jax.Array:
         if self.loss is not None:
-            return self.loss(output, given)
+            return loss_of(self.side, self.loss, output, given)
         weights = (cotangent or probe)(output.shape)
+        if jnp.iscomplexobj(output):
+            output = output.real + output.imag
         return (output * jnp.asarray(weights, output.dtype)).sum() / output.size**0.5
 
 
@@ -226,6 +245,8 @@ def precision(dtype: str) -> Iterator[None]:
         stack.enter_context(jax.enable_x64(dtype == "float64"))
         stack.enter_context(jax.default_matmul_precision("float32"))
         if dtype == "float64":
+            # Whoever asks for float32 by this name gets float64: jnp.arange(..., dtype=jnp.float32), jnp.float32(3).
+            stack.enter_context(replaced(jnp, "float32", jnp.float64))
             for primitive, keyword in ((jax.lax.convert_element_type_p, "new_dtype"), (jax.lax.dot_general_p, "preferred_element_type")):
                 stack.enter_context(replaced(primitive, "bind", _wide(primitive.bind, keyword)))
         yield

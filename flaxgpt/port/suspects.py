@@ -98,6 +98,8 @@ class Family(NamedTuple):
 
 def find_cause(place: Place) -> Cause | None:
     """The smallest change of options that turns what the reference computes into what the port does; at most two options are changed."""
+    if not place.shape:
+        return None  # a single number is a result, and no piece of a model
     for family in FAMILIES:
         options = family.options(place) if place.sources else None
         right = _first_that_fits(family, place, options) if options else None
@@ -290,7 +292,7 @@ IDS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 
 def _embedding_options(place: Place) -> dict[str, Option] | None:
     (ids, *more), tables = place.sources.values(), [*place.weights.values()]
-    if more or ids.dtype.kind not in "iu" or len(tables) != 1 or tables[0].ndim != 2:
+    if more or ids.dtype.kind not in "iu" or not ids.ndim or len(tables) != 1 or tables[0].ndim != 2:
         return None
     D = tables[0].shape[1]
     others = tuple(name for name, other in place.others.items() if other.shape == tables[0].shape)[:64]
@@ -499,7 +501,7 @@ def _sum_options(place: Place) -> dict[str, Option] | None:
     D = place.shape[-1]
     return {
         "sum of": Option(tuple(right), tuple(wrong)),
-        "taken": Option(("as they are",), tuple(SHIFTS)[1:]),
+        "taken": Option(("as they are",), tuple(SHIFTS)[1:] if len(place.shape) > 1 else ()),
         "times": Option(("1",), (f"sqrt({D})", f"1/sqrt({D})", "2", "1/2", "sqrt(2)", "1/sqrt(2)")),
     }
 
@@ -507,7 +509,7 @@ def _sum_options(place: Place) -> dict[str, Option] | None:
 def _sum(place: Place, choice: Choice) -> np.ndarray:
     arrays = {**place.later, **place.sources}
     total = sum(arrays[name] for name in choice["sum of"].split(" + "))
-    return np.roll(total, SHIFTS[choice["taken"]], 1) * _number(choice["times"])
+    return np.roll(total, SHIFTS[choice["taken"]], min(1, total.ndim - 1)) * _number(choice["times"])
 
 
 FAMILIES = (

@@ -82,7 +82,7 @@ class Tape:
             return x
 
         def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-            self.gradients[name] = gradient
+            self.gradients[name] = gradient.conj()  # torch's convention; the same array where it is real
             return (gradient,)
 
         identity.defvjp(lambda x: (x, None), backward)
