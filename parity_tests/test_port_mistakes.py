@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from port_mistakes import MISTAKES, STORY, changed, draft
 
-from flaxgpt.port.check import check
+from flaxgpt.port.check import NUMBERED, check
 
 PORT_PAGE = Path(__file__).parent.parent / "docs" / "port.md"
 FAST = ("eps 1e-6", "grouped heads tiled", "exact GELU")
@@ -52,7 +52,8 @@ def drawn(seed):
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 50))])
 def test_a_correct_port_gives_no_false_alarm(seed):
-    verdict = check(llama_pair.make_pair(seed=seed, **drawn(seed)), ("activations", "loss", "gradients"))
+    rungs = NUMBERED if seed % 10 == 1 else ("activations", "loss", "gradients")  # updates are compiled for each shape
+    verdict = check(llama_pair.make_pair(seed=seed, **drawn(seed)), rungs)
     assert verdict.passed, (drawn(seed), [row for result in verdict.results for row in result.failures][:3])
 
 
