@@ -266,3 +266,47 @@ def test_models_without_parameters_are_named():
 )
 def test_outputs_of_few_axes_are_diagnosed(theirs, ours, says):
     assert says in check(pair(theirs, ours), FORWARD).diagnosis[-1]
+
+
+class Images(torch.nn.Module):
+    """Channels come before rows and columns, which are as many as there are channels."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+class ImagesWithChannelsLast(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (1, 1), name="first")(x.transpose(0, 2, 3, 1)))
+        return nn.Conv(4, (1, 1), name="second")(x).transpose(0, 3, 1, 2)
+
+
+def test_an_input_that_no_module_made_is_laid_out_as_the_port_has_it():
+    rows = {f"{name}{part}": f"{name}{part.replace('weight', 'kernel')}" for name in ("first", "second") for part in (".weight", ".bias")}
+    names = rows | {name: (name, "b c h w -> b h w c") for name in ("first", "second")}
+    images = DRAW.normal(size=(2, 3, 4, 4)).astype(np.float32)
+    verdict = check(Pair(TorchRecorder(Images()), LinenRecorder(ImagesWithChannelsLast()), images, names), FORWARD)
+    assert verdict.first["forward"] == "second"
+    assert verdict.diagnosis[0].startswith("second is right, but what goes into it differs by"), verdict.diagnosis
+    assert "ReLU in the port" in verdict.diagnosis[1]
+
+
+def test_a_module_that_can_not_be_given_the_reference_s_input_is_not_called_right():
+    class Port(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8, name="head")(nn.Dense(8, name="up")(x).reshape(4, 8)).reshape(2, 2, 8)
+
+    class Reference(Torch):
+        def forward(self, x):
+            return self.head(torch.relu(self.up(x)))
+
+    verdict = check(Pair(TorchRecorder(Reference(head=torch.nn.Linear(8, 8))), LinenRecorder(Port()), X.reshape(2, 2, 8)), FORWARD)
+    assert verdict.first["forward"] == "head"
+    assert "(it can't be run with the reference's input)" in verdict.diagnosis[0], verdict.diagnosis

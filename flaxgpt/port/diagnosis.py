@@ -75,7 +75,8 @@ def diagnose(
         target = given[differing], port.inputs[name][differing]
         name = _outermost(name, reference.inputs, port.inputs, target)
         places = _before(name, reference, port)
-        where = f"{name} is right, but what goes into it differs by {_far(*target)}"
+        untried = f"{name}: what goes into it differs by {_far(*target)} (it can't be run with the reference's input)"
+        where = f"{name} is right, but what goes into it differs by {_far(*target)}" if output_of_port is not None else untried
     else:
         target, places = (output, port.outputs[name]), _inside(name, reference, port, parameters)
         where = f"{name}: the output differs by {_far(*target)}"

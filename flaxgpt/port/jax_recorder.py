@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from flaxgpt.errors import InputError
+from flaxgpt.optim import clip_by_global_norm
 from flaxgpt.port.evaluate import QUICK, Program, Tree
 from flaxgpt.port.kept import Keep, Kept, Lazy, in_memory, opened
 from flaxgpt.port.recorder import (
@@ -125,7 +126,6 @@ class JaxRecorder(abc.ABC):
             opened({name: backward[name] for name in reversed(tape.outputs) if name in backward}),
             opened(gradients),
             loss(),
-            tape.classes,
             tape.unusable,
         )
 
@@ -322,16 +322,6 @@ def make_optimizer(settings: AdamW) -> optax.GradientTransformation:
     """Clipping and AdamW as torch has them."""
     adamw = optax.adamw(settings.learning_rate, settings.beta1, settings.beta2, settings.eps, weight_decay=settings.weight_decay)
     return optax.chain(clip_by_global_norm(settings.clip_norm), adamw)
-
-
-def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """Torch's rule: a factor of limit / (norm + 1e-6) where that is below 1. (Optax's own has no 1e-6.)"""
-
-    def clip(grads: Tree, _: Tree | None) -> Tree:
-        factor = jnp.minimum(1.0, limit / (optax.tree.norm(grads) + 1e-6))
-        return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
-
-    return optax.stateless(clip)
 
 
 def _prefix(name: str, stacked: Mapping[str, int]) -> str | None:

@@ -101,7 +101,7 @@ class LinenRecorder(JaxRecorder):
                 layers[path] += 1
             prefix = next((prefix for prefix in layers if f"{path}.".startswith(f"{prefix}.")), None)
             name = path if prefix is None else f"{prefix}.{layers[prefix]}{path[len(prefix) :]}"
-            return tape.called(tape.numbered(name), type(context.module), call, args, kwargs)
+            return tape.called(tape.numbered(name), call, args, kwargs)
 
         with nn.intercept_methods(intercept):
             return run()

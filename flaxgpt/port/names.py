@@ -212,10 +212,10 @@ class Table:
             if (found := _below(ours[i], name)) is not None
         ]
         if not matches:
-            return Link((name,), (_leaf(name, "", port, name),))
+            return Link((name,), (_leaf(name, port),))
         _, ours, theirs, pattern, numbers, rest = max(matches, key=lambda match: (match[5] == "", match[0]))
         ours_full = tuple(_filled(one, numbers) + rest for one in ours)
-        theirs_full = tuple(_leaf(_filled(one, numbers) + rest, rest, port, name) for one in theirs)
+        theirs_full = tuple(_leaf(_filled(one, numbers) + rest, port) for one in theirs)
         return Link(ours_full, theirs_full, pattern if rest == "" else None)
 
 
@@ -246,7 +246,7 @@ def _filled(pattern: str, numbers: Sequence[str]) -> str:
     return pattern
 
 
-def _leaf(name: str, rest: str, port: Shapes, _: str) -> str:
+def _leaf(name: str, port: Shapes) -> str:
     """That name, or the one of the same meaning that the port has ("kernel" for "weight")."""
     module, _, leaf = name.rpartition(".")
     if name in port:

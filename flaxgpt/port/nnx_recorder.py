@@ -80,7 +80,7 @@ class NNXRecorder(JaxRecorder):
         def seen(name: str, function: Callable[..., Any], module: nnx.Module, args: Any, kwargs: Any) -> Any:
             if not name or not tape.sees((args, kwargs)):
                 return function(module, *args, **kwargs)
-            return tape.called(tape.numbered(name), type(module), lambda *a, **k: function(module, *a, **k), args, kwargs)
+            return tape.called(tape.numbered(name), lambda *a, **k: function(module, *a, **k), args, kwargs)
 
         with self._calls_seen(model, seen, {}):
             return self.how(model, batch)

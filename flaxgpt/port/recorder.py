@@ -68,8 +68,6 @@ class Recording:
     """Of the loss with respect to the parameters; zero where it does not depend on one."""
     loss: np.ndarray
     """(), the loss."""
-    classes: dict[str, str] = field(default_factory=dict)
-    """The class of each module, by its name."""
     unusable: dict[str, str] = field(default_factory=dict)
     """Modules that returned no array, and what they returned instead."""
 

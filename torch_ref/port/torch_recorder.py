@@ -91,7 +91,7 @@ class TorchRecorder:
         model = self._copy(dtype, parameters)
         outputs, gradients, own = {}, {}, {}
         inputs: dict[str, tuple[Kept, ...]] = {}
-        classes, unusable = {}, {}
+        unusable: dict[str, str] = {}
         calls: dict[str, int] = {}
 
         def watch(name: str, output: torch.Tensor) -> None:
@@ -105,7 +105,6 @@ class TorchRecorder:
 
         def after(path: str, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
             name = _numbered(path, calls[path])
-            classes[name] = type(module).__name__
             output = _element(name, result, self.take)
             if output is None:
                 unusable[name] = kind_of(result)
@@ -136,7 +135,6 @@ class TorchRecorder:
             opened({name: gradients[name] for name in reversed(outputs) if name in gradients}),
             opened(own),
             _numpy(loss),
-            classes,
             unusable,
         )
 
