@@ -310,3 +310,29 @@ def test_a_module_that_can_not_be_given_the_reference_s_input_is_not_called_righ
     verdict = check(Pair(TorchRecorder(Reference(head=torch.nn.Linear(8, 8))), LinenRecorder(Port()), X.reshape(2, 2, 8)), FORWARD)
     assert verdict.first["forward"] == "head"
     assert "(it can't be run with the reference's input)" in verdict.diagnosis[0], verdict.diagnosis
+
+
+@pytest.mark.parametrize(
+    ("eps", "power", "says"),
+    [
+        (1e-3, 1, "eps: 0.001 in the port, 1e-05 in the reference"),
+        (1e-5, 0.5, "divided by the root of: the standard deviation in the port, the variance in the reference"),
+    ],
+)
+def test_a_batch_norm_is_a_suspect(eps, power, says):
+    class Port(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=True, epsilon=eps, name="norm")(nn.Dense(8, name="up")(x))
+
+    class Reference(Torch):
+        def forward(self, x):
+            return self.norm(self.up(x))
+
+    norm = torch.nn.BatchNorm1d(8)
+    norm.running_mean, norm.running_var = torch.randn(8), torch.rand(8) + 0.5
+    statistics = {"norm": {"mean": norm.running_mean.numpy(), "var": norm.running_var.numpy() ** power}}
+    port = LinenRecorder(Port(), {"params": {}, "batch_stats": statistics})
+    verdict = check(Pair(TorchRecorder(Reference(norm=norm)), port, X), FORWARD)
+    assert verdict.first["forward"] == "norm"
+    assert says in verdict.diagnosis[-1]

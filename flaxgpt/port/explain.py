@@ -91,7 +91,7 @@ def _of_output(climb: Climb, link: Link) -> list[str]:
     called = {name: link.port[0] for name, link in links.items() if link.port[0] in port.inputs and name in ours.inputs}
     inputs = {name: _as_the_reference_has_them(ours.inputs[name], port.inputs[there], patterns) for name, there in called.items()}
     theirs = Recording(outputs, inputs, {}, {}, port.loss)
-    parameters = climb.pair.reference.parameters(batch)
+    parameters = climb.pair.reference.parameters(batch) | climb.pair.reference.buffers()
     return diagnose(link.reference[0], reference, theirs, parameters=parameters, batch=batch, run=run).lines
 
 

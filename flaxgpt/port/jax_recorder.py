@@ -87,6 +87,10 @@ class JaxRecorder(abc.ABC):
         """The model's own parameters."""
         return named(jax.tree.map(to_numpy, self.own()), self.template(batch)[1])
 
+    def buffers(self) -> Tensors:
+        """None."""
+        return {}
+
     def record(
         self,
         batch: Batch,

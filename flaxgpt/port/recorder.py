@@ -92,6 +92,9 @@ class Recorder(Protocol):
             InputError: it has none.
         """
 
+    def buffers(self) -> Tensors:
+        """What a torch module has beside its parameters, by name: the running statistics of a batch norm. Else nothing."""
+
     def record(
         self,
         batch: Batch,

@@ -195,6 +195,42 @@ def _scale_and_shift(weights: Tensors) -> tuple[np.ndarray | None, np.ndarray | 
     return tuple(weights[names[0]] if names else None for names in (scales, shifts))
 
 
+# Batch norms, which use what was counted in training
+
+ROOTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "the variance": lambda v: v,
+    "the standard deviation": np.sqrt,
+    "the squared variance": np.square,
+    "1": np.ones_like,
+}
+
+
+def _batch_norm_options(place: Place) -> dict[str, Option] | None:
+    (x, *more), w = place.sources.values(), place.weights
+    if more or x.shape != place.shape or x.ndim < 2 or any(np.shape(w.get(f"running_{what}")) != x.shape[1:2] for what in ("mean", "var")):
+        return None
+    return {
+        "eps": Option(EPSILONS),
+        "divided by the root of": Option(tuple(ROOTS)[:1], tuple(ROOTS)[1:]),
+        "mean": Option(("taken away",), ("left",)),
+        "statistics": Option(("the running ones",), ("the batch's",)),
+        "weight": Option(("times weight",), ("forgotten",)) if "weight" in w else Option(("none",)),
+        "bias": Option(("added",), ("forgotten",)) if "bias" in w else Option(("none",)),
+    }
+
+
+def _batch_norm(place: Place, choice: Choice) -> np.ndarray:
+    (x,), w = place.sources.values(), place.weights
+    over = (0, *range(2, x.ndim))
+    batch = choice["statistics"] == "the batch's"
+    mean, variance = (x.mean(over), x.var(over)) if batch else (w["running_mean"], w["running_var"])
+    scale = ROOTS[choice["divided by the root of"]](variance) + float(choice["eps"])
+    ones = [1] * (x.ndim - 2)
+    y = (x - (choice["mean"] == "taken away") * mean.reshape(-1, *ones)) / np.sqrt(scale).reshape(-1, *ones)
+    y = y * w["weight"].reshape(-1, *ones) if choice["weight"] == "times weight" else y
+    return y + w["bias"].reshape(-1, *ones) if choice["bias"] == "added" else y
+
+
 # Linear layers
 
 PRECISIONS = {"bfloat16": 8, "TF32 or float16": 11}
@@ -514,6 +550,7 @@ def _sum(place: Place, choice: Choice) -> np.ndarray:
 
 FAMILIES = (
     Family("norm", _norm_options, _norm),
+    Family("batch norm", _batch_norm_options, _batch_norm),
     Family("linear layer", _linear_options, _linear),
     Family("embedding", _embedding_options, _embedding),
     Family("sum", _sum_options, _sum),

@@ -79,6 +79,10 @@ class TorchRecorder:
         """The model's own parameters."""
         return {name: _shared(parameter) for name, parameter in self.model.named_parameters()}
 
+    def buffers(self) -> Tensors:
+        """The model's own."""
+        return {name: _shared(buffer) for name, buffer in self.model.named_buffers()}
+
     def record(
         self,
         batch: Batch,
