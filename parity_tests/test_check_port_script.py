@@ -97,6 +97,8 @@ def test_a_table_is_proposed(run):
         (("NAMES)", "NAMES, convert=3 / 0)"), (), "ZeroDivisionError: division by zero"),
         (("", ""), ("--rungs", "everything"), "rungs: everything is none of parameters, activations"),
         (("", ""), ("--bound", "x"), "--bound x: expected NAME=VALUE"),
+        (("", ""), ("--rungs", "activations", "--bound", "nosuch*=1"), "bounds: no tensor that was compared is called nosuch*"),
+        (("", ""), ("--rungs", "parameters"), "rungs: nothing is left to compare"),
         (("", ""), ("--updates", "0"), "updates=0: expected at least 1"),
         (("", ""), ("--json", "/nowhere/x.json"), "can't write /nowhere/x.json"),
     ],

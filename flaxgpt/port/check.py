@@ -18,7 +18,7 @@ import numpy as np
 
 from flaxgpt.errors import InputError
 from flaxgpt.parity.compare import Measurement, Result, first_divergence, relative
-from flaxgpt.port.explain import explain
+from flaxgpt.port.explain import explain, in_which_precision
 from flaxgpt.port.kept import Keep, Lazy, in_files
 from flaxgpt.port.names import Link, Table, closest
 from flaxgpt.port.pair import Pair
@@ -32,6 +32,9 @@ RUNGS = ("parameters", *NUMBERED)
 
 FACTOR = 2
 """A difference may be this many times what both sides' own errors add up to."""
+
+OWN = 32
+"""The port's own error counts up to so many times the reference's: a bound that grew with it would let any error pass."""
 
 EXTRAPOLATED = 32
 """In float64 and bfloat16, whose errors are not measured but follow from those in float32, it may be this many times."""
@@ -86,17 +89,22 @@ def check(
         raise InputError(f"rungs: {', '.join(unknown)} is none of {', '.join(RUNGS)}")
     if dtype not in ("float32", "bfloat16", "float64"):
         raise InputError(f"dtype={dtype}: expected float32, bfloat16 or float64")
+    climbed = [rung for rung in RUNGS if rung in rungs and not (rung == "parameters" and pair.convert)]
+    if not climbed:
+        only = "parameters compares those that a port has of its own (convert=False)" if rungs else f"expected some of {', '.join(RUNGS)}"
+        raise InputError(f"rungs: nothing is left to compare; {only}")
     results = []
     with tempfile.TemporaryDirectory() as folder:
         climb = Climb(pair, dtype, updates, adamw or AdamW(), bounds or {}, exact_bounds or {}, Path(folder))
-        for rung in RUNGS:
-            if rung not in rungs or (rung == "parameters" and pair.convert):
-                continue
+        for rung in climbed:
             started = time.perf_counter()
             results.append(Result(rung, tuple(getattr(climb, rung)()), time.perf_counter() - started))
             progress(results[-1])
+        climb.check_bounds()
         verdict = Verdict(tuple(results))
-        return verdict if verdict.passed else replace(verdict, diagnosis=tuple(explain(climb, verdict.first)))
+        if verdict.passed:
+            return verdict
+        return replace(verdict, diagnosis=(*explain(climb, verdict.first), *in_which_precision(verdict.results, OWN)))
 
 
 @dataclass
@@ -122,11 +130,16 @@ class Climb:
     folder: Path
     runs: dict[tuple[str, str], Recording] = field(default_factory=dict)
     floors: dict[str, dict[str, float]] = field(default_factory=dict)
+    bounded: set[str] = field(default_factory=set)
+    """The names for which a bound was looked for."""
 
     def __post_init__(self) -> None:
         pair = self.pair
         self.table = Table(pair.names)
         self.shapes = {side: self.recorder(side).shapes(pair.batch) for side in ("reference", "port")}
+        for side, shapes in self.shapes.items():
+            if not shapes:
+                raise InputError(f"the {side} ({self.recorder(side).side}) has no parameters: there is nothing to take a gradient of")
         self.links = self.table.parameters(self.shapes["reference"], self.shapes["port"])
         self.converted = self.to_port(pair.reference.parameters(pair.batch)) if pair.convert else None
 
@@ -167,11 +180,12 @@ class Climb:
 
     def gradients(self) -> list[Measurement]:
         """With respect to each module's output, the last one first, and to each parameter."""
+        self.reference_gradients()
         return self._measured("gradients", self.gradient_rows())
 
     def clipping(self) -> Iterable[Measurement]:
         """The reference's gradients, scaled to twice and to half the norm that they are clipped to."""
-        gradients = self.run("reference", "float32").parameter_gradients
+        gradients = self.reference_gradients()
         norm = float(np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradients.values())))
         for share in (2.0, 0.5):
             factor = share * self.adam.clip_norm / norm
@@ -183,7 +197,7 @@ class Climb:
 
     def adamw(self) -> list[Measurement]:
         """The parameters after updates that both sides make from the reference's gradients."""
-        gradients = self.run("reference", "float32").parameter_gradients
+        gradients = self.reference_gradients()
         return self._trained("adamw", lambda side: self._for(side, gradients))
 
     def training(self) -> list[Measurement]:
@@ -220,6 +234,17 @@ class Climb:
             cotangent = self.cotangent if side == "port" else None
             self.runs[side, dtype] = self.recorder(side).record(self.pair.batch, dtype, self.start(side), cotangent, self._keep())
         return self.runs[side, dtype]
+
+    def reference_gradients(self) -> Mapping[str, np.ndarray]:
+        """Those of the reference's parameters, in float32.
+
+        Raises:
+            InputError: all are zero.
+        """
+        gradients = self.run("reference", "float32").parameter_gradients
+        if not any(gradient.any() for gradient in gradients.values()):
+            raise InputError("the reference's gradients are all zero: its loss does not depend on its parameters")
+        return gradients
 
     def start(self, side: str) -> Mapping[str, np.ndarray] | None:
         """The parameters to compute with; None: the side's own."""
@@ -306,7 +331,9 @@ class Climb:
         if floors is None:
             floors = {side: float(np.median([f[side] for f in figures])) if figures else 0.0 for side in ("reference", "port")}
             self.floors[rung] = floors
-        return [self._bounded(row.name, f, floors) for row, f in zip(rows, figures, strict=True)]
+        # What updates make of a gradient that is nothing but noise is a step of full size: there the errors have no common measure.
+        own = np.inf if rung == "training" else OWN
+        return [self._bounded(row.name, f, floors, own) for row, f in zip(rows, figures, strict=True)]
 
     def _figures(self, row: Row, typical: float) -> dict[str, float]:
         truth = row.of("reference", "float64")
@@ -319,14 +346,18 @@ class Climb:
             "port": _apart(own["port"], exact, scale),
             "difference": _apart(own["port"], own["reference"], scale),
             "error": _apart(own["port"], truth, scale),
+            # Few elements may be right by luck; what is far smaller than all else, a gradient that cancels, is the noise of others.
+            "luck": OWN ** (1 / truth.size) * max(1.0, typical * truth.size**0.5 / scale if scale else 1.0),
         }
         if self.dtype == "bfloat16":
             a, b = (row.of(side, "bfloat16") for side in ("port", "reference"))
             figures |= {"difference": _apart(a, b, scale), "error": _apart(a, truth, scale), "theirs": _apart(b, truth, scale)}
         return figures
 
-    def _bounded(self, name: str, f: dict[str, float], floors: dict[str, float]) -> Measurement:
-        errors = sum(max(f[side], floors[side], 2.0**-24) for side in ("reference", "port"))
+    def _bounded(self, name: str, f: dict[str, float], floors: dict[str, float], own: float) -> Measurement:
+        reference, port = (max(f[side], floors[side], 2.0**-24) for side in ("reference", "port"))
+        most = own * f["luck"] * reference
+        errors = reference + (port if port <= most else most)
         bounds = {"float32": FACTOR * errors, "float64": EXTRAPOLATED * 2.0**-29 * errors, "bfloat16": EXTRAPOLATED * 2.0**16 * errors}
         exact_bound = self._by_hand(self.exact_bounds, name, bounds["float64"])
         if self.dtype == "float64":
@@ -336,7 +367,18 @@ class Climb:
         difference = f["difference"] if bound < 1 else None
         return Measurement(name, difference, f["error"], f.get("theirs", f["reference"]), f["exact"], bound, exact_bound)
 
+    def check_bounds(self) -> None:
+        """What was given by hand is for something.
+
+        Raises:
+            InputError: a name or pattern that no tensor has.
+        """
+        for pattern in (*self.bounds, *self.exact_bounds):
+            if not fnmatch.filter(self.bounded, pattern):
+                raise InputError(f"bounds: no tensor that was compared is called {pattern}{closest(pattern, sorted(self.bounded))}")
+
     def _by_hand(self, given: Mapping[str, float], name: str, derived: float) -> float:
+        self.bounded.add(name)
         return next((bound for pattern, bound in given.items() if fnmatch.fnmatchcase(name, pattern)), derived)
 
 
@@ -354,5 +396,6 @@ def _norm(a: np.ndarray, b: np.ndarray | float = 0.0) -> float:
     """||a - b||, added up in float64, some rows at a time: of a tensor of half a gigabyte there is no second one."""
     a, b = np.atleast_1d(a), np.broadcast_to(b, np.atleast_1d(a).shape)
     rows = max(1, 2**20 * len(a) // max(1, a.size))
-    parts = (a[i : i + rows].astype(np.float64) - b[i : i + rows] for i in range(0, len(a), rows))
+    wide = np.complex128 if "c" in a.dtype.kind + b.dtype.kind else np.float64
+    parts = (np.abs(a[i : i + rows].astype(wide) - b[i : i + rows]) for i in range(0, len(a), rows))
     return float(np.sqrt(sum(np.square(part).sum() for part in parts)))

@@ -24,6 +24,10 @@ def describe(reference: np.ndarray, port: np.ndarray, noise: float = 1e-9) -> st
         port: what should be the same.
         noise: what rounding may leave, relative.
     """
+    if np.iscomplexobj(reference) or np.iscomplexobj(port):
+        if np.shape(reference) == np.shape(port) and distance(port, np.conj(reference)) <= noise:
+            return "the port is the reference's complex conjugate"
+        reference, port = (np.stack([np.real(x), np.imag(x)], -1) for x in (reference, port))
     a, b = np.asarray(reference, np.float64), np.asarray(port, np.float64)
     if a.shape != b.shape:
         return f"the port's shape is {b.shape}, the reference's is {a.shape}"
@@ -32,6 +36,8 @@ def describe(reference: np.ndarray, port: np.ndarray, noise: float = 1e-9) -> st
         return f"the port has nan or infinity in {broken.sum()} of {b.size} places{_where(broken)}"
     if (difference := distance(b, a)) == 0:
         return "no difference"
+    if b.size == 1:
+        return f"the port is {b.item():.6g}, the reference {a.item():.6g}" + (f": {b.item() / a.item():.6g} times" if a.any() else "")
     limit = min(difference / 5, max(noise, min(difference / 1000, 1e-6)))
     looks = (look for kind in LOOKS if (look := kind(a, b, limit)))
     return next(looks, f"no pattern: it differs by {difference:.1e} all over, with a cosine of {_cosine(a, b):.4f}")

@@ -75,13 +75,14 @@ def diagnose(
         target = given[differing], port.inputs[name][differing]
         name = _outermost(name, reference.inputs, port.inputs, target)
         places = _before(name, reference, port)
-        where = f"{name} is right, but what goes into it differs by {_far(*target)}"
+        untried = f"{name}: what goes into it differs by {_far(*target)} (it can't be run with the reference's input)"
+        where = f"{name} is right, but what goes into it differs by {_far(*target)}" if output_of_port is not None else untried
     else:
         target, places = (output, port.outputs[name]), _inside(name, reference, port, parameters)
         where = f"{name}: the output differs by {_far(*target)}"
         if output.shape == port.outputs[name].shape and distance(port.outputs[name], output) <= noise:
             return Diagnosis(where, None, ROUNDING)
-    a, b = (np.asarray(x, np.float64) for x in target)
+    a, b = map(_exact, target)
     cause = None
     if a.shape == b.shape:
         others = {other: np.asarray(value, np.float64) for other, value in parameters.items() if other.rpartition(".")[0] != name}
@@ -193,6 +194,8 @@ def _is_in(name: str, outer: str) -> bool:
 
 
 def _exact(x: np.ndarray) -> np.ndarray:
+    if np.iscomplexobj(x):
+        return np.stack([x.real, x.imag], -1)
     return np.asarray(x, np.int64 if np.asarray(x).dtype.kind in "iub" else np.float64)
 
 

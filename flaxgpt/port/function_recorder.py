@@ -9,7 +9,7 @@ import jax
 import optax
 
 from flaxgpt.port.jax_recorder import JaxRecorder, Loss, Tree
-from flaxgpt.port.recorder import Batch
+from flaxgpt.port.recorder import Batch, Take
 from flaxgpt.port.tap import Tape
 
 
@@ -30,6 +30,7 @@ class FunctionRecorder(JaxRecorder):
         *,
         stacked: Mapping[str, int] | None = None,
         loss: Loss | None = None,
+        take: Take | None = None,
         optimizer: optax.GradientTransformation | None = None,
         clip: optax.GradientTransformation | None = None,
     ) -> None:
@@ -40,10 +41,11 @@ class FunctionRecorder(JaxRecorder):
             params: its parameters, or `jax.ShapeDtypeStruct`s in their places if it takes those of the reference.
             stacked: how many layers are stacked on the first axis of everything below a path: their names are "blocks.0", "blocks.1", ...
             loss: (output, batch) -> (); None: a fixed random sum of the output.
+            take: which element of what the function returns is compared: {"<output>": 0}.
             optimizer: the run's own, clipping included; None: AdamW as `check` says.
             clip: the run's own clipping; None: by global norm.
         """
-        super().__init__(loss, None, optimizer, clip)
+        super().__init__(loss, take, optimizer, clip)
         self.function, self.params, self.stacked = function, params, dict(stacked or {})
 
     def template(self, batch: Batch) -> tuple[Tree, dict[str, int]]:

@@ -18,9 +18,26 @@ import numpy as np
 import optax
 
 from flaxgpt.errors import InputError
+from flaxgpt.optim import clip_by_global_norm
 from flaxgpt.port.evaluate import QUICK, Program, Tree
 from flaxgpt.port.kept import Keep, Kept, Lazy, in_memory, opened
-from flaxgpt.port.recorder import OUTPUT, AdamW, Batch, Clipped, Cotangent, Recording, Take, Tensors, Trained, kind_of, probe, refused
+from flaxgpt.port.recorder import (
+    OUTPUT,
+    AdamW,
+    Batch,
+    Clipped,
+    Cotangent,
+    Recording,
+    Take,
+    Tensors,
+    Trained,
+    check_output,
+    loss_of,
+    probe,
+    refused,
+    taken,
+    taker,
+)
 from flaxgpt.port.tap import Tape, recording, to_numpy
 
 Loss = Callable[[jax.Array, Any], jax.Array]
@@ -70,6 +87,10 @@ class JaxRecorder(abc.ABC):
         """The model's own parameters."""
         return named(jax.tree.map(to_numpy, self.own()), self.template(batch)[1])
 
+    def buffers(self) -> Tensors:
+        """None."""
+        return {}
+
     def record(
         self,
         batch: Batch,
@@ -109,7 +130,6 @@ class JaxRecorder(abc.ABC):
             opened({name: backward[name] for name in reversed(tape.outputs) if name in backward}),
             opened(gradients),
             loss(),
-            tape.classes,
             tape.unusable,
         )
 
@@ -200,22 +220,25 @@ class JaxRecorder(abc.ABC):
             return self._first(whole, given, batch, dtype, tape)
 
     def _first(self, params: Tree, given: Any, batch: Batch, dtype: str, tape: Tape | None) -> jax.Array:
-        """The first array of what the model returns."""
+        """The array of what the model returns."""
         try:
             result = self.call(params, given, dtype, tape)
         except InputError:
             raise
         except Exception as error:
             raise refused(self.side, batch, error) from error
-        leaves = jax.tree.leaves(result)
-        if not leaves or not isinstance(leaves[0], jax.Array):
-            raise InputError(f"the {self.side} model returns {kind_of(result)}: give the recorder a call that returns one array")
-        return leaves[0]
+        how = taker(OUTPUT, self.take)
+        chosen = result if how is None else taken("the model", result, how)
+        arrays = [x for x in jax.tree.leaves(chosen) if isinstance(x, jax.Array)]
+        check_output(self.side, result, len(arrays), bool(arrays) and jnp.issubdtype(arrays[0].dtype, jnp.inexact))
+        return arrays[0]
 
     def _loss(self, output: jax.Array, given: Any, cotangent: Cotangent | None) -> jax.Array:
         if self.loss is not None:
-            return self.loss(output, given)
+            return loss_of(self.side, self.loss, output, given)
         weights = (cotangent or probe)(output.shape)
+        if jnp.iscomplexobj(output):
+            output = output.real + output.imag
         return (output * jnp.asarray(weights, output.dtype)).sum() / output.size**0.5
 
 
@@ -226,6 +249,8 @@ def precision(dtype: str) -> Iterator[None]:
         stack.enter_context(jax.enable_x64(dtype == "float64"))
         stack.enter_context(jax.default_matmul_precision("float32"))
         if dtype == "float64":
+            # Whoever asks for float32 by this name gets float64: jnp.arange(..., dtype=jnp.float32), jnp.float32(3).
+            stack.enter_context(replaced(jnp, "float32", jnp.float64))
             for primitive, keyword in ((jax.lax.convert_element_type_p, "new_dtype"), (jax.lax.dot_general_p, "preferred_element_type")):
                 stack.enter_context(replaced(primitive, "bind", _wide(primitive.bind, keyword)))
         yield
@@ -301,16 +326,6 @@ def make_optimizer(settings: AdamW) -> optax.GradientTransformation:
     """Clipping and AdamW as torch has them."""
     adamw = optax.adamw(settings.learning_rate, settings.beta1, settings.beta2, settings.eps, weight_decay=settings.weight_decay)
     return optax.chain(clip_by_global_norm(settings.clip_norm), adamw)
-
-
-def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """Torch's rule: a factor of limit / (norm + 1e-6) where that is below 1. (Optax's own has no 1e-6.)"""
-
-    def clip(grads: Tree, _: Tree | None) -> Tree:
-        factor = jnp.minimum(1.0, limit / (optax.tree.norm(grads) + 1e-6))
-        return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
-
-    return optax.stateless(clip)
 
 
 def _prefix(name: str, stacked: Mapping[str, int]) -> str | None:

@@ -42,9 +42,9 @@ class LinenRecorder(JaxRecorder):
         Args:
             module: the module, or, if it has a dtype of its own, a function of "float32", "bfloat16" or "float64" that makes it.
             variables: its "params" and other collections; None: it takes the parameters of the reference.
-            call: (module, batch) -> output, one array or a structure with the output first; None: the module called with the batch.
+            call: (module, batch) -> output, one array; None: the module called with the batch.
             loss: (output, batch) -> (); None: a fixed random sum of the output.
-            take: which element of a module's result is its output: {"blocks.{}.attn": 0}.
+            take: which element of a module's result is its output: {"blocks.{}.attn": 0}; of the model itself: {"<output>": 0}.
             optimizer: the run's own, clipping included; None: AdamW as `check` says.
             clip: the run's own clipping; None: by global norm.
         """
@@ -101,7 +101,7 @@ class LinenRecorder(JaxRecorder):
                 layers[path] += 1
             prefix = next((prefix for prefix in layers if f"{path}.".startswith(f"{prefix}.")), None)
             name = path if prefix is None else f"{prefix}.{layers[prefix]}{path[len(prefix) :]}"
-            return tape.called(tape.numbered(name), type(context.module), call, args, kwargs)
+            return tape.called(tape.numbered(name), call, args, kwargs)
 
         with nn.intercept_methods(intercept):
             return run()

@@ -129,6 +129,11 @@ class Table:
     """A user's names, for the names that there are on both sides."""
 
     def __init__(self, names: Names) -> None:
+        if not isinstance(names, Mapping):
+            raise InputError(f"names: expected a dict of the reference's names and the port's, not a {type(names).__name__}")
+        for key in names:
+            if not isinstance(key, str) and not (isinstance(key, tuple) and key and all(isinstance(name, str) for name in key)):
+                raise InputError(f"names: {key!r} is neither a name of the reference nor a tuple of names")
         self.rows = [(key if isinstance(key, tuple) else (key,), *_target(value)) for key, value in names.items()]
 
     def parameters(self, reference: Shapes, port: Shapes) -> list[Link]:
@@ -207,10 +212,10 @@ class Table:
             if (found := _below(ours[i], name)) is not None
         ]
         if not matches:
-            return Link((name,), (_leaf(name, "", port, name),))
+            return Link((name,), (_leaf(name, port),))
         _, ours, theirs, pattern, numbers, rest = max(matches, key=lambda match: (match[5] == "", match[0]))
         ours_full = tuple(_filled(one, numbers) + rest for one in ours)
-        theirs_full = tuple(_leaf(_filled(one, numbers) + rest, rest, port, name) for one in theirs)
+        theirs_full = tuple(_leaf(_filled(one, numbers) + rest, port) for one in theirs)
         return Link(ours_full, theirs_full, pattern if rest == "" else None)
 
 
@@ -223,7 +228,10 @@ def _target(value: Target) -> tuple[tuple[str, ...], str | None]:
         if len(value) != 2 or "->" not in str(value[1]):
             raise InputError(f'names: {value!r} is neither a name, nor a list of names, nor (either, "a b -> b a")')
         value, pattern = value
-    return ((value,) if isinstance(value, str) else tuple(value)), pattern
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f'names: {value!r} is neither a name, nor a list of names, nor (either, "a b -> b a")')
+    return tuple(names), pattern
 
 
 def _below(pattern: str, name: str) -> tuple[tuple[str, ...], str] | None:
@@ -238,7 +246,7 @@ def _filled(pattern: str, numbers: Sequence[str]) -> str:
     return pattern
 
 
-def _leaf(name: str, rest: str, port: Shapes, _: str) -> str:
+def _leaf(name: str, port: Shapes) -> str:
     """That name, or the one of the same meaning that the port has ("kernel" for "weight")."""
     module, _, leaf = name.rpartition(".")
     if name in port:

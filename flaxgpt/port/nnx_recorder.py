@@ -39,9 +39,9 @@ class NNXRecorder(JaxRecorder):
 
         Args:
             model: the model, or, if it has a dtype of its own, a function of "float32", "bfloat16" or "float64" that makes it.
-            call: (model, batch) -> output, one array or a structure with the output first; None: the model called with the batch.
+            call: (model, batch) -> output, one array; None: the model called with the batch.
             loss: (output, batch) -> (); None: a fixed random sum of the output.
-            take: which element of a module's result is its output: {"blocks.{}.attn": 0}.
+            take: which element of a module's result is its output: {"blocks.{}.attn": 0}; of the model itself: {"<output>": 0}.
             optimizer: the run's own, clipping included; None: AdamW as `check` says.
             clip: the run's own clipping; None: by global norm.
         """
@@ -80,7 +80,7 @@ class NNXRecorder(JaxRecorder):
         def seen(name: str, function: Callable[..., Any], module: nnx.Module, args: Any, kwargs: Any) -> Any:
             if not name or not tape.sees((args, kwargs)):
                 return function(module, *args, **kwargs)
-            return tape.called(tape.numbered(name), type(module), lambda *a, **k: function(module, *a, **k), args, kwargs)
+            return tape.called(tape.numbered(name), lambda *a, **k: function(module, *a, **k), args, kwargs)
 
         with self._calls_seen(model, seen, {}):
             return self.how(model, batch)

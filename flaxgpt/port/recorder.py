@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, field, is_dataclass
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from flaxgpt.errors import InputError
 from flaxgpt.port.kept import Keep, in_memory
+
+T = TypeVar("T")
 
 Tensors: TypeAlias = dict[str, np.ndarray]
 """Arrays by name."""
@@ -24,7 +26,7 @@ Batch: TypeAlias = "np.ndarray | tuple[np.ndarray, ...] | Mapping[str, np.ndarra
 
 Take: TypeAlias = "Mapping[str, int | str | Callable[[object], object]]"
 """Which element of a module's result is its output, by name of the module ({} for a number): an index, a key, or a function of the result.
-Of a module that is not named, it is the first array in what it returns."""
+Of a module that is not named, it is the first array in what it returns; the whole model, "<output>", should return one, or be named."""
 
 Cotangent: TypeAlias = Callable[[tuple[int, ...]], np.ndarray]
 """The shape of the model's output -> what to multiply it with."""
@@ -66,8 +68,6 @@ class Recording:
     """Of the loss with respect to the parameters; zero where it does not depend on one."""
     loss: np.ndarray
     """(), the loss."""
-    classes: dict[str, str] = field(default_factory=dict)
-    """The class of each module, by its name."""
     unusable: dict[str, str] = field(default_factory=dict)
     """Modules that returned no array, and what they returned instead."""
 
@@ -91,6 +91,9 @@ class Recorder(Protocol):
         Raises:
             InputError: it has none.
         """
+
+    def buffers(self) -> Tensors:
+        """What a torch module has beside its parameters, by name: the running statistics of a batch norm. Else nothing."""
 
     def record(
         self,
@@ -192,6 +195,47 @@ def kind_of(result: object) -> str:
     return f"a {type(result).__name__}"
 
 
+def check_output(side: str, result: object, arrays: int, floating: bool) -> None:
+    """See that what a model returned, and from which one array was taken, can be compared.
+
+    Args:
+        side: which model.
+        result: what it returned.
+        arrays: how many arrays there were to choose from.
+        floating: whether the array has a gradient.
+
+    Raises:
+        InputError: none, several or integers.
+    """
+    if arrays == 0:
+        raise InputError(f"the {side} model returns {kind_of(result)}, which has no array: give the recorder a call that returns one")
+    # The records of transformers have one that matters, and it is the first: `model(...)[0]`.
+    if arrays > 1 and not (isinstance(result, Mapping) and is_dataclass(result)):
+        raise InputError(
+            f"the {side} model returns {kind_of(result)}, in which there are {arrays} arrays: say which one is compared, as in "
+            f'take={{"{OUTPUT}": 0}} (an index, a key or a function of what it returns), or give the recorder a call that returns it'
+        )
+    if not floating:
+        raise InputError(f"the {side} model returns integers, which have no gradient: give the recorder a call that returns what is before")
+
+
+def loss_of(side: str, loss: Callable[..., T], output: object, batch: object) -> T:
+    """What a user's loss function makes of the output and the batch.
+
+    Raises:
+        InputError: it fails, or makes no number of them.
+    """
+    try:
+        value = loss(output, batch)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise InputError(f"the loss given to the {side} recorder fails: {type(error).__name__}: {lines[0]}") from error
+    if getattr(value, "shape", None) != ():
+        shape = f"an array of shape {list(value.shape)}" if hasattr(value, "shape") else kind_of(value)
+        raise InputError(f"the loss given to the {side} recorder returns {shape}: expected one number, of shape ()")
+    return value
+
+
 def refused(side: str, batch: Batch, error: Exception) -> InputError:
     """The error that a model raised when it was called, as one that names the side and what it was called with."""
     lines = str(error).strip().splitlines() or [""]
@@ -200,5 +244,9 @@ def refused(side: str, batch: Batch, error: Exception) -> InputError:
 
 def described(batch: Batch) -> str:
     """Names, dtypes and shapes."""
-    named = batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, tuple) else (batch,)))
-    return ", ".join(f"{name}: {np.asarray(x).dtype}{list(np.shape(x))}" for name, x in named.items())
+    return ", ".join(f"{name}: {np.asarray(x).dtype}{list(np.shape(x))}" for name, x in named(batch).items())
+
+
+def named(batch: Batch) -> Mapping[str | int, np.ndarray]:
+    """The arrays by name, or by number."""
+    return batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, tuple) else (batch,)))

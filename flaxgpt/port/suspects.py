@@ -98,6 +98,8 @@ class Family(NamedTuple):
 
 def find_cause(place: Place) -> Cause | None:
     """The smallest change of options that turns what the reference computes into what the port does; at most two options are changed."""
+    if not place.shape:
+        return None  # a single number is a result, and no piece of a model
     for family in FAMILIES:
         options = family.options(place) if place.sources else None
         right = _first_that_fits(family, place, options) if options else None
@@ -191,6 +193,42 @@ def _scale_and_shift(weights: Tensors) -> tuple[np.ndarray | None, np.ndarray | 
     shifts = [name for name in weights if any(word in name.lower() for word in ("bias", "shift", "beta"))]
     scales = [name for name in weights if name not in shifts]
     return tuple(weights[names[0]] if names else None for names in (scales, shifts))
+
+
+# Batch norms, which use what was counted in training
+
+ROOTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "the variance": lambda v: v,
+    "the standard deviation": np.sqrt,
+    "the squared variance": np.square,
+    "1": np.ones_like,
+}
+
+
+def _batch_norm_options(place: Place) -> dict[str, Option] | None:
+    (x, *more), w = place.sources.values(), place.weights
+    if more or x.shape != place.shape or x.ndim < 2 or any(np.shape(w.get(f"running_{what}")) != x.shape[1:2] for what in ("mean", "var")):
+        return None
+    return {
+        "eps": Option(EPSILONS),
+        "divided by the root of": Option(tuple(ROOTS)[:1], tuple(ROOTS)[1:]),
+        "mean": Option(("taken away",), ("left",)),
+        "statistics": Option(("the running ones",), ("the batch's",)),
+        "weight": Option(("times weight",), ("forgotten",)) if "weight" in w else Option(("none",)),
+        "bias": Option(("added",), ("forgotten",)) if "bias" in w else Option(("none",)),
+    }
+
+
+def _batch_norm(place: Place, choice: Choice) -> np.ndarray:
+    (x,), w = place.sources.values(), place.weights
+    over = (0, *range(2, x.ndim))
+    batch = choice["statistics"] == "the batch's"
+    mean, variance = (x.mean(over), x.var(over)) if batch else (w["running_mean"], w["running_var"])
+    scale = ROOTS[choice["divided by the root of"]](variance) + float(choice["eps"])
+    ones = [1] * (x.ndim - 2)
+    y = (x - (choice["mean"] == "taken away") * mean.reshape(-1, *ones)) / np.sqrt(scale).reshape(-1, *ones)
+    y = y * w["weight"].reshape(-1, *ones) if choice["weight"] == "times weight" else y
+    return y + w["bias"].reshape(-1, *ones) if choice["bias"] == "added" else y
 
 
 # Linear layers
@@ -290,7 +328,7 @@ IDS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 
 def _embedding_options(place: Place) -> dict[str, Option] | None:
     (ids, *more), tables = place.sources.values(), [*place.weights.values()]
-    if more or ids.dtype.kind not in "iu" or len(tables) != 1 or tables[0].ndim != 2:
+    if more or ids.dtype.kind not in "iu" or not ids.ndim or len(tables) != 1 or tables[0].ndim != 2:
         return None
     D = tables[0].shape[1]
     others = tuple(name for name, other in place.others.items() if other.shape == tables[0].shape)[:64]
@@ -499,7 +537,7 @@ def _sum_options(place: Place) -> dict[str, Option] | None:
     D = place.shape[-1]
     return {
         "sum of": Option(tuple(right), tuple(wrong)),
-        "taken": Option(("as they are",), tuple(SHIFTS)[1:]),
+        "taken": Option(("as they are",), tuple(SHIFTS)[1:] if len(place.shape) > 1 else ()),
         "times": Option(("1",), (f"sqrt({D})", f"1/sqrt({D})", "2", "1/2", "sqrt(2)", "1/sqrt(2)")),
     }
 
@@ -507,11 +545,12 @@ def _sum_options(place: Place) -> dict[str, Option] | None:
 def _sum(place: Place, choice: Choice) -> np.ndarray:
     arrays = {**place.later, **place.sources}
     total = sum(arrays[name] for name in choice["sum of"].split(" + "))
-    return np.roll(total, SHIFTS[choice["taken"]], 1) * _number(choice["times"])
+    return np.roll(total, SHIFTS[choice["taken"]], min(1, total.ndim - 1)) * _number(choice["times"])
 
 
 FAMILIES = (
     Family("norm", _norm_options, _norm),
+    Family("batch norm", _batch_norm_options, _batch_norm),
     Family("linear layer", _linear_options, _linear),
     Family("embedding", _embedding_options, _embedding),
     Family("sum", _sum_options, _sum),

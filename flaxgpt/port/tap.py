@@ -44,7 +44,6 @@ class Tape:
     outputs: dict[str, jax.Array] = field(default_factory=dict)
     inputs: dict[str, tuple[jax.Array, ...]] = field(default_factory=dict)
     gradients: dict[str, jax.Array] = field(default_factory=dict)
-    classes: dict[str, str] = field(default_factory=dict)
     unusable: dict[str, str] = field(default_factory=dict)
     calls: collections.Counter = field(default_factory=collections.Counter)
 
@@ -56,11 +55,10 @@ class Tape:
         values = (jax.lax.stop_gradient(x) for x in jax.tree.leaves(structure) if _is_array(x))
         return all(getattr(x, "_trace", None) in (None, self.anchor._trace) for x in values)
 
-    def called(self, name: str, of: type, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def called(self, name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a module of that name, and write down what goes into it and comes out."""
         leaves, treedef = jax.tree.flatten((args, kwargs))
         arrays = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-        self.classes[name] = of.__name__
         self.inputs[name] = tuple(jax.lax.stop_gradient(leaves[i]) for i in arrays)
         if self.only and self.only[0] == name:
             given = [*self.only[1]]
@@ -82,7 +80,7 @@ class Tape:
             return x
 
         def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-            self.gradients[name] = gradient
+            self.gradients[name] = gradient.conj()  # torch's convention; the same array where it is real
             return (gradient,)
 
         identity.defvjp(lambda x: (x, None), backward)

@@ -24,13 +24,15 @@ from flaxgpt.port.recorder import (
     Take,
     Tensors,
     Trained,
+    check_output,
     kind_of,
+    loss_of,
     probe,
     refused,
     taken,
     taker,
 )
-from torch_ref.port.wide import Wide
+from torch_ref.port.wide import Wide, default_float64
 
 
 class TorchRecorder:
@@ -58,9 +60,9 @@ class TorchRecorder:
 
         Args:
             model: any module.
-            call: (model, batch) -> output, one tensor or a structure with the output first; None: the model called with the batch.
+            call: (model, batch) -> output, one tensor; None: the model called with the batch.
             loss: (output, batch) -> (); None: a fixed random sum of the output.
-            take: which element of a module's result is its output: {"model.layers.{}.self_attn": 0}.
+            take: which element of a module's result is its output: {"model.layers.{}.self_attn": 0, "<output>": "logits"}.
             optimizer: model -> a function that makes update number n, from 0, of the run, clipping included; None: AdamW as `check` says.
             clip: clips the gradients of a model, whatever its parameters are, and returns their norm; None: by global norm.
             rebuild: makes such a model again. In float64 it is called with torch's default dtype float64, so that what the model computes
@@ -77,6 +79,10 @@ class TorchRecorder:
         """The model's own parameters."""
         return {name: _shared(parameter) for name, parameter in self.model.named_parameters()}
 
+    def buffers(self) -> Tensors:
+        """The model's own."""
+        return {name: _shared(buffer) for name, buffer in self.model.named_buffers()}
+
     def record(
         self,
         batch: Batch,
@@ -89,7 +95,7 @@ class TorchRecorder:
         model = self._copy(dtype, parameters)
         outputs, gradients, own = {}, {}, {}
         inputs: dict[str, tuple[Kept, ...]] = {}
-        classes, unusable = {}, {}
+        unusable: dict[str, str] = {}
         calls: dict[str, int] = {}
 
         def watch(name: str, output: torch.Tensor) -> None:
@@ -103,7 +109,6 @@ class TorchRecorder:
 
         def after(path: str, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
             name = _numbered(path, calls[path])
-            classes[name] = type(module).__name__
             output = _element(name, result, self.take)
             if output is None:
                 unusable[name] = kind_of(result)
@@ -134,7 +139,6 @@ class TorchRecorder:
             opened({name: gradients[name] for name in reversed(outputs) if name in gradients}),
             opened(own),
             _numpy(loss),
-            classes,
             unusable,
         )
 
@@ -211,7 +215,8 @@ class TorchRecorder:
         wide = torch.float64 if dtype == "float64" else torch.float32
         with torch.random.fork_rng(devices=[]):
             if dtype == "float64" and self.rebuild:
-                model = _in_float64(self.rebuild)
+                with _precision(dtype):
+                    model = self.rebuild()
                 model.load_state_dict({name: x.to(wide) if x.is_floating_point() else x for name, x in self.model.state_dict().items()})
             else:
                 model = self._with(lambda parameter: parameter.detach().to("cpu", wide, copy=True))
@@ -234,15 +239,20 @@ class TorchRecorder:
             raise
         except Exception as error:
             raise refused(self.side, batch, error) from error
-        output = next(_tensors(result), None)
-        if output is None:
-            raise InputError(f"the torch model returns {kind_of(result)}: give the recorder a call that returns one tensor")
-        return output
+        chosen = result if taker(OUTPUT, self.take) is None else _element(OUTPUT, result, self.take)
+        tensors = [*_tensors(chosen)]
+        check_output(self.side, result, len(tensors), bool(tensors) and (tensors[0].is_floating_point() or tensors[0].is_complex()))
+        return tensors[0]
 
     def _loss(self, output: torch.Tensor, given: Any, cotangent: Cotangent | None) -> torch.Tensor:
         if self.loss is not None:
-            return self.loss(output, given)
+            loss = loss_of(self.side, self.loss, output, given)
+            if not loss.requires_grad:
+                raise InputError("the loss given to the torch recorder does not depend on the parameters: there is no gradient")
+            return loss
         weights = (cotangent or probe)(tuple(output.shape))
+        if output.is_complex():
+            output = output.real + output.imag
         return (output * torch.tensor(weights, dtype=output.dtype)).sum() / output.numel() ** 0.5
 
 
@@ -253,21 +263,11 @@ class _Reached(Exception):  # noqa: N818 (it is no error)
 @contextlib.contextmanager
 def _precision(dtype: str) -> Iterator[None]:
     if dtype == "float64":
-        with Wide():
+        with default_float64(), Wide():
             yield
     else:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             yield
-
-
-def _in_float64(build: Callable[[], nn.Module]) -> nn.Module:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with Wide():
-            return build()
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _adamw(model: nn.Module, settings: AdamW) -> Callable[[int], None]:

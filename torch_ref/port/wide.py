@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,17 @@ class Wide(TorchFunctionMode):
     ) -> Any:
         func = torch.Tensor.double if func is torch.Tensor.float else func
         return func(*map(_widened, args), **{key: _widened(value) for key, value in (kwargs or {}).items()})
+
+
+@contextlib.contextmanager
+def default_float64() -> Iterator[None]:
+    """Within it, what is made with no dtype said is float64: `torch.zeros(3)`, `torch.tensor(0.5)`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _widened(argument: Any) -> Any:
