@@ -88,7 +88,10 @@ def train(
         goes_on = resume and hosts.of_first(lambda: checkpoints.newest) is not None
         state = checkpoints.restore(template, shardings) if goes_on else create_state(cfg, optimizer, mesh, params)
         start = int(state.step)
-        if start >= cfg.max_steps:
+        evaluates = functools.partial(evaluation_is_due, cfg)
+        # A checkpoint can be older than the evaluation after the same update, which a kill or a stop has then prevented.
+        owed = goes_on and evaluates(start - 1) and not hosts.of_first(lambda: log.evaluated(start - 1))
+        if start >= cfg.max_steps and not owed:
             raise InputError(f"{log.out_dir} has made its {start} updates: pass a larger --max-steps to go on")
         tracer.check(range(start, cfg.max_steps))
         log.begin(cfg, corpus, start, n_params=count_params(state.params), devices=devices, resume=resume, peak_flops=peak_flops)
@@ -112,6 +115,18 @@ def train(
                 skipped = int(metrics.get("skipped", 0))  # the schedule counts the updates that were made
                 log.update(step, loss, grad_norm, float(learning_rates[step - skipped]), skipped=skipped)
 
+        def report_evaluation(step: int) -> None:
+            """Evaluate the parameters after this update."""
+            with log.timed("evaluation"):
+                train_loss, val_loss = evaluate(state.params, eval_step, splits, mesh)
+                text = sample(state.params, cfg, corpus.tokenizer)
+            if step == cfg.max_steps - 1:
+                with log.timed("checkpoint"):
+                    checkpoints.wait()  # so that what the last save takes is counted, too
+            log.evaluation(step, train_loss, val_loss, text)
+
+        if owed:
+            report_evaluation(start - 1)
         for step in range(start, cfg.max_steps):
             with log.timed("data"):
                 batch = sharding.shard_batch(batches[step], mesh, batches.B)
@@ -125,31 +140,30 @@ def train(
             if unreported:
                 report(*unreported)
             unreported = step, metrics
-            last, stops = step == cfg.max_steps - 1, signal > 0
+            stops = signal > 0
             due = cfg.checkpoint_minutes is not None and now - saved_at >= 60 * cfg.checkpoint_minutes
-            saves = last or stops or due or (step + 1) % cfg.checkpoint_every == 0
-            evaluates = last or step % cfg.eval_every == 0
-            if saves or evaluates:
+            saves = stops or due or step == cfg.max_steps - 1 or (step + 1) % cfg.checkpoint_every == 0
+            if saves or evaluates(step):
                 report(*unreported)  # first, since it refuses what is not finite and not worth saving
                 unreported = None
                 if not all_finite(state.params):
                     raise not_finite(step, f", {last_saved(checkpoints)}")
             if saves:
                 with log.timed("checkpoint"):
+                    log.sync()
                     checkpoints.save(state)
                 saved_at = now
-            if evaluates:
-                with log.timed("evaluation"):
-                    train_loss, val_loss = evaluate(state.params, eval_step, splits, mesh)
-                    text = sample(state.params, cfg, corpus.tokenizer)
-                if last:
-                    with log.timed("checkpoint"):
-                        checkpoints.wait()  # so that what the last save takes is counted, too
-                log.evaluation(step, train_loss, val_loss, text)
             if stops:
                 break
+            if evaluates(step):
+                report_evaluation(step)
     log.profiled(tracer.trace)
     return state
+
+
+def evaluation_is_due(cfg: TrainConfig, step: int) -> bool:
+    """Whether there is an evaluation after this update: every `eval_every`-th from the first on, and the last."""
+    return step % cfg.eval_every == 0 or step == cfg.max_steps - 1
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """What a run lives through: no checkpoint yet, another process, a full disk, losses that are not finite."""
 
+import itertools
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from conftest import SCRIPTS, assert_equal_bits, refused
 from test_train import CONFIG, TEXT, run_to_the_end, without_times
 
 import flaxgpt.step
+import flaxgpt.train
 from flaxgpt.data.loader import batch_windows, train_batches
 from flaxgpt.data.windows import split_windows
 from flaxgpt.errors import InputError
@@ -42,6 +44,28 @@ def test_a_run_without_a_checkpoint_is_resumed_from_its_start(config, tmp_path, 
     assert_equal_bits(run_to_the_end(config, tmp_path / "run", resume=True), whole)
     assert without_times(tmp_path / "run") == before
     assert "no checkpoint yet, so the run begins again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count, step", [(2, 4), (4, 11)], ids=["in between", "the last"])
+def test_an_evaluation_that_a_kill_prevented_after_its_checkpoint_is_made_up_for(config, tmp_path, monkeypatch, count, step):
+    config = config.replace(eval_every=4, checkpoint_every=1)
+    whole = run_to_the_end(config, tmp_path / "whole")
+    evaluate, calls = flaxgpt.train.evaluate, itertools.count()
+
+    def killed(*args):
+        if next(calls) == count - 1:
+            raise RuntimeError("killed")
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(flaxgpt.train, "evaluate", killed)
+        run_to_the_end(config, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / str(step + 1)).is_dir(), "what is tested is a checkpoint without its evaluation"
+    assert_equal_bits(run_to_the_end(config, tmp_path / "run", resume=True), whole)
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+    assert (tmp_path / "run" / "samples.txt").read_text() == (tmp_path / "whole" / "samples.txt").read_text()
+    with pytest.raises(InputError, match="has made its 12 updates"):
+        run_to_the_end(config, tmp_path / "run", resume=True)
 
 
 def test_resuming_what_has_not_begun_begins_it(call, tmp_path):

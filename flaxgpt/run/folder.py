@@ -85,6 +85,12 @@ class RunFolder:
         with (self.path / SAMPLES).open("a", encoding="utf-8") as file:
             file.write(_sample(step, text))
 
+    def sync(self) -> None:
+        """Have metrics.jsonl and samples.txt on disk, also if the host should die."""
+        for name in (METRICS, SAMPLES):
+            with (self.path / name).open("a") as file:
+                os.fsync(file.fileno())
+
     def samples(self) -> list[tuple[int, str]]:
         """What is in samples.txt: after which update, and the text."""
         _, *parts = re.split(r"^--- step (\d+) ---\n", read_text(self.path / SAMPLES) or "", flags=re.MULTILINE)

@@ -13,7 +13,7 @@ from flaxgpt.config import TrainConfig
 from flaxgpt.data.corpora import Corpus
 from flaxgpt.errors import InputError
 from flaxgpt.run.environment import environment
-from flaxgpt.run.folder import LOSS_PLOT, REPORT, Record, RunFolder, why_not_written
+from flaxgpt.run.folder import LOSS_PLOT, REPORT, Record, RunFolder, read_metrics, why_not_written
 from flaxgpt.run.lock import lock_folder
 from flaxgpt.run.plots import save_loss_plot
 from flaxgpt.run.progress import Terminal
@@ -166,6 +166,14 @@ class RunLog:
         if step == self._cfg.max_steps - 1 or time.perf_counter() - self._drawn_at >= DRAW_SECONDS:
             self._draw()
         self._logged_step, self._logged_at = step, time.perf_counter()  # tokens_per_second is of training alone
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the run folder has the evaluation after this update."""
+        return any(record["step"] == step and "val/loss" in record for record in read_metrics(self.out_dir))
+
+    def sync(self) -> None:
+        """Have all that was reported on disk, before a checkpoint is: a host that dies must not leave one that is ahead of the records."""
+        self._folder.sync()
 
     def profiled(self, trace: Path | None) -> None:
         """Report where the profiler's trace is, if it wrote one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 
 from flaxgpt.data.corpora import cache_dir
 
@@ -49,6 +50,7 @@ def _keep_compiled_programs() -> None:
     """Have JAX keep them in the cache folder, unless the environment says where, or that folder can't be written."""
     folder = cache_dir() / "programs"
     exists = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")  # a full disk: it is compiled again, no more
     if os.access(exists, os.W_OK) and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(PROGRAMS_BYTES))

@@ -21,4 +21,4 @@ class SilentLog(RunLog):
     def _nothing(self, *_: Any, **__: Any) -> None:
         pass
 
-    begin = compiling = update = skipped = evaluation = profiled = summary = _nothing
+    begin = compiling = update = skipped = evaluation = sync = profiled = summary = _nothing
