@@ -115,19 +115,32 @@ def train(
                 skipped = int(metrics.get("skipped", 0))  # the schedule counts the updates that were made
                 log.update(step, loss, grad_norm, float(learning_rates[step - skipped]), skipped=skipped)
 
-        def report_evaluation(step: int) -> None:
-            """Evaluate the parameters after this update."""
+        def stop_and_time() -> tuple[bool, float]:
+            """Whether any process was asked to stop, and the seconds since the start."""
+            signal, now = agreed(log.stop.signal or 0, time.monotonic() - began)
+            log.stop.signal = int(signal) or log.stop.signal
+            return signal > 0, now
+
+        def save() -> None:
+            with log.timed("checkpoint"):
+                log.sync()
+                checkpoints.save(state)
+
+        def report_evaluation(step: int) -> bool:
+            """Evaluate the parameters after this update; False if that was given up, since the run is to stop."""
             with log.timed("evaluation"):
-                train_loss, val_loss = evaluate(state.params, eval_step, splits, mesh)
+                losses = evaluate(state.params, eval_step, splits, mesh, lambda: stop_and_time()[0])
+                if losses is None:
+                    return False
                 text = sample(state.params, cfg, corpus.tokenizer)
             if step == cfg.max_steps - 1:
                 with log.timed("checkpoint"):
                     checkpoints.wait()  # so that what the last save takes is counted, too
-            log.evaluation(step, train_loss, val_loss, text)
+            log.evaluation(step, *losses, text)
+            return True
 
-        if owed:
-            report_evaluation(start - 1)
-        for step in range(start, cfg.max_steps):
+        stops = owed and not report_evaluation(start - 1)
+        for step in range(start, start if stops else cfg.max_steps):
             with log.timed("data"):
                 batch = sharding.shard_batch(batches[step], mesh, batches.B)
             with log.timed("compute"):
@@ -135,12 +148,10 @@ def train(
                 with jax.profiler.StepTraceAnnotation("update", step_num=step):
                     state, metrics = train_step(state, batch)
                 tracer.after(step, state)
-                signal, now = agreed(log.stop.signal or 0, time.monotonic() - began)
-            log.stop.signal = int(signal) or log.stop.signal
+                stops, now = stop_and_time()
             if unreported:
                 report(*unreported)
             unreported = step, metrics
-            stops = signal > 0
             due = cfg.checkpoint_minutes is not None and now - saved_at >= 60 * cfg.checkpoint_minutes
             saves = stops or due or step == cfg.max_steps - 1 or (step + 1) % cfg.checkpoint_every == 0
             if saves or evaluates(step):
@@ -149,14 +160,14 @@ def train(
                 if not all_finite(state.params):
                     raise not_finite(step, f", {last_saved(checkpoints)}")
             if saves:
-                with log.timed("checkpoint"):
-                    log.sync()
-                    checkpoints.save(state)
+                save()
                 saved_at = now
+            if evaluates(step) and not stops:
+                stops = not report_evaluation(step)
+                if stops and not saves:
+                    save()
             if stops:
                 break
-            if evaluates(step):
-                report_evaluation(step)
     log.profiled(tracer.trace)
     return state
 
@@ -178,9 +189,19 @@ def last_saved(checkpoints: Checkpoints) -> str:
     return "no checkpoint was saved" if checkpoints.newest is None else f"the last checkpoint is of {checkpoints.newest} updates"
 
 
-def evaluate(params: Params, eval_step: Callable[[Params, Batch], jax.Array], splits: Sequence[Batches], mesh: Mesh) -> tuple[float, float]:
-    """Training and validation loss: the mean over the batches of each split."""
-    losses = [jnp.stack([eval_step(params, sharding.shard_batch(batch, mesh, split.B)) for batch in split]).mean() for split in splits]
+def evaluate(
+    params: Params, eval_step: Callable[[Params, Batch], jax.Array], splits: Sequence[Batches], mesh: Mesh, stops: Callable[[], bool]
+) -> tuple[float, float] | None:
+    """Training and validation loss: the mean over the batches of each split. None once `stops`, which is asked before each batch."""
+    losses = []
+    for split in splits:
+        of_batches: list[jax.Array] = []
+        for batch in split:
+            if stops():
+                return None
+            jax.block_until_ready(of_batches[-2:-1])  # one batch ahead of the devices, or all would be asked for at once
+            of_batches.append(eval_step(params, sharding.shard_batch(batch, mesh, split.B)))
+        losses.append(jnp.stack(of_batches).mean())
     train_loss, val_loss = map(float, losses)
     return train_loss, val_loss
 

@@ -1,5 +1,6 @@
 """What a run lives through: no checkpoint yet, another process, a full disk, losses that are not finite."""
 
+import contextlib
 import itertools
 import shutil
 import signal
@@ -46,26 +47,37 @@ def test_a_run_without_a_checkpoint_is_resumed_from_its_start(config, tmp_path, 
     assert "no checkpoint yet, so the run begins again" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("count, step", [(2, 4), (4, 11)], ids=["in between", "the last"])
-def test_an_evaluation_that_a_kill_prevented_after_its_checkpoint_is_made_up_for(config, tmp_path, monkeypatch, count, step):
-    config = config.replace(eval_every=4, checkpoint_every=1)
+@pytest.mark.parametrize(
+    ("ends", "number", "step", "every"),
+    [("a kill", 2, 4, 1), ("a kill", 4, 11, 1), ("a signal", 2, 4, 1), ("a signal", 2, 4, 9)],
+    ids=["killed in between", "killed at the end", "stopped after a save", "stopped without one"],
+)
+def test_an_evaluation_that_was_prevented_is_made_up_for(config, tmp_path, monkeypatch, ends, number, step, every):
+    config = config.replace(eval_every=4, checkpoint_every=every)
     whole = run_to_the_end(config, tmp_path / "whole")
-    evaluate, calls = flaxgpt.train.evaluate, itertools.count()
+    evaluate, calls = flaxgpt.train.evaluate, itertools.count(1)
 
-    def killed(*args):
-        if next(calls) == count - 1:
-            raise RuntimeError("killed")
+    def ended(*args):
+        if next(calls) == number:
+            if ends == "a kill":
+                raise KilledError
+            signal.raise_signal(signal.SIGTERM)
         return evaluate(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(flaxgpt.train, "evaluate", killed)
+    with monkeypatch.context() as patch, contextlib.suppress(KilledError):
+        patch.setattr(flaxgpt.train, "evaluate", ended)
         run_to_the_end(config, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / str(step + 1)).is_dir(), "what is tested is a checkpoint without its evaluation"
+    assert not RunLog(tmp_path / "run").evaluated(step)
     assert_equal_bits(run_to_the_end(config, tmp_path / "run", resume=True), whole)
     assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
     assert (tmp_path / "run" / "samples.txt").read_text() == (tmp_path / "whole" / "samples.txt").read_text()
     with pytest.raises(InputError, match="has made its 12 updates"):
         run_to_the_end(config, tmp_path / "run", resume=True)
+
+
+class KilledError(Exception):
+    """Stands for a kill."""
 
 
 def test_resuming_what_has_not_begun_begins_it(call, tmp_path):
