@@ -1,6 +1,7 @@
 """Fixtures that several files of tests share. Nothing here downloads anything."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -34,6 +35,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+gc.set_threshold(700, 10, 100)  # for 10 at the end: a full collection takes 0.3 s with all that is imported, and tracing has many made
 torch.set_num_threads(1)  # small models gain nothing by more, and wait for each other when other processes want the cores
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -80,6 +82,7 @@ def programs_forgotten_in_time() -> Iterator[None]:
     mappings = Path("/proc/self/maps")
     if len(COMPILED) > before and mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:  # reading it takes 20 ms
         jax.clear_caches()
+        gc.collect()  # of what is in cycles
 
 
 @pytest.fixture(scope="module")
