@@ -1,5 +1,8 @@
 """Fixtures that several files of tests share. Nothing here downloads anything."""
 
+import contextlib
+import gc
+import io
 import json
 import os
 import re
@@ -8,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,7 +20,7 @@ import torch
 from browser import CHROMIUM, Browser
 
 from flaxgpt import model as lesson
-from flaxgpt.config import GPTConfig
+from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.convert.params import from_torch
 from flaxgpt.data.corpora import cache_dir, download
 from flaxgpt.parity.compare import Result
@@ -31,24 +35,54 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+gc.set_threshold(700, 10, 100)  # for 10 at the end: a full collection takes 0.3 s with all that is imported, and tracing has many made
 torch.set_num_threads(1)  # small models gain nothing by more, and wait for each other when other processes want the cores
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = GPTConfig(vocab_size=97, context_length=16, emb_dim=32, n_heads=4, n_layers=2, drop_rate=0.0)
+ONE_LAYER = SMALL.replace(n_layers=1)  # where depth is not what is tested: on a CPU each layer is written out, and takes as long to compile
 SMALL_MODEL = ["--n-layers", "1", "--n-heads", "2", "--emb-dim", "16", "--context-length", "8"]
 SMALL_RUN = [*SMALL_MODEL, "--batch-size", "2", "--max-steps", "3", "--eval-batches", "1", "--sample-tokens", "4"]
+TEXT = "the cat sat on the mat and the dog sat on the log; " * 40
+CONFIG = TrainConfig(
+    model=SMALL.replace(drop_rate=0.2),
+    tokenizer="char",
+    batch_size=4,
+    max_steps=12,
+    decay_steps=60,  # for all numbers of steps: the schedule is part of the compiled update
+    warmup_steps=2,
+    learning_rate=1e-2,
+    min_learning_rate=1e-3,
+    log_every=3,
+    eval_every=5,
+    eval_batches=2,
+    checkpoint_every=5,
+    sample_tokens=4,
+)
+SMALLEST = {"model": ONE_LAYER, "sample_tokens": 0}
+"""Of CONFIG, for an update that no other test compiles: dropout doubles the time of that."""
+UPDATES = "--context-length 8 --drop-rate 0.1 --batch-size 2 --warmup-steps 1 --decay-steps 8 --max-steps 4 --checkpoint-every 2"
+LOOKS = "--eval-every 2 --eval-batches 1 --sample-tokens 0 --log-every 1 --data text.txt"
+FLAGS = f"--tokenizer char --emb-dim 16 --n-heads 2 --n-layers 1 {UPDATES} {LOOKS}".split(" ")
 forward = jax.jit(lesson.forward, static_argnames="cfg")
 """One program in place of one for each operation, and of one for the scan at each call."""
+
+
+COMPILED: list[str] = []
+"""What JAX has reported since this process began, of its programs: an event each."""
+jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: COMPILED.append(event) if "compile" in event else None)
 
 
 @pytest.fixture(autouse=True)
 def programs_forgotten_in_time() -> Iterator[None]:
     """Drop what was compiled before a process holds too much of it: a small ladder's programs take 6,500 mappings of memory, and Linux
     ends a process that asks for more than 65,530 (vm.max_map_count)."""
+    before = len(COMPILED)
     yield
     mappings = Path("/proc/self/maps")
-    if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+    if len(COMPILED) > before and mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:  # reading it takes 20 ms
         jax.clear_caches()
+        gc.collect()  # of what is in cycles
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +124,68 @@ def call(monkeypatch, capsys, private_cache, tmp_path):
         return code, out, err
 
     return run
+
+
+def run_to_the_end(cfg, out_dir, **options):
+    from flaxgpt.run.log import RunLog
+    from flaxgpt.run.setup import prepare
+    from flaxgpt.train import train  # in a second, which not all tests have to wait
+
+    cfg, corpus = prepare(cfg, out_dir, **options)
+    with RunLog(out_dir) as log:
+        state = train(cfg, corpus, log, resume=options.get("resume", False))
+        log.summary("a command")
+    return state
+
+
+@pytest.fixture
+def config(private_cache, tmp_path) -> TrainConfig:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return CONFIG.replace(data=str(tmp_path / "text.txt"))
+
+
+def trained(root: Path, cfg: TrainConfig) -> SimpleNamespace:
+    """A run on TEXT, if on no other, in a folder of its own: that, the state it came to and what it printed."""
+    said = io.StringIO()
+    (root / "text.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setenv("FLAXGPT_CACHE", str(root / "cache"))
+        patch.chdir(root)
+        cfg = cfg.replace(data=str(Path(cfg.data).absolute())) if cfg.data.endswith(".txt") else cfg
+        state = run_to_the_end(cfg, root / "run")
+    return SimpleNamespace(folder=root / "run", state=state, said=said.getvalue())
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> SimpleNamespace:
+    """The run of CONFIG, from its start to its end."""
+    return trained(tmp_path_factory.mktemp("whole"), CONFIG.replace(data="text.txt"))
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> SimpleNamespace:
+    """The run of SMALL_RUN."""
+    from flaxgpt.run.cli import parse_train
+
+    return trained(tmp_path_factory.mktemp("small"), parse_train("", SMALL_RUN).config)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Path:
+    """The folder of a run of FLAGS, but of 6 updates, with the checkpoints 4 and 6: to be copied."""
+    from flaxgpt.run.cli import parse_train
+
+    cfg = parse_train("", FLAGS).config.replace(max_steps=6, eval_every=3)
+    return trained(tmp_path_factory.mktemp("saved"), cfg).folder
+
+
+@pytest.fixture
+def run(whole, config, tmp_path) -> Path:
+    """A copy of its folder, as if it had been a run of `config`."""
+    folder = shutil.copytree(whole.folder, tmp_path / "run")
+    text = json.loads((folder / "config.json").read_text()) | {"data": config.data}
+    (folder / "config.json").write_text(json.dumps(text))
+    return folder
 
 
 @pytest.fixture(scope="session")

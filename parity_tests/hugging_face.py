@@ -10,7 +10,7 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 NARROW = {"n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 24}
-WIDE = {"n_embd": 48, "n_head": 3, "n_layer": 3, "n_positions": 16, "tie_word_embeddings": False}
+WIDE = {"n_embd": 48, "n_head": 3, "n_layer": 2, "n_positions": 16, "tie_word_embeddings": False}
 
 
 def make_model(shape, **others):

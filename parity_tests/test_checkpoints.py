@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import random
 import re
 import shutil
@@ -18,20 +17,18 @@ import jax
 import pytest
 import sample
 import train_jax
-from conftest import SMALL, assert_equal_bits, refused
+from conftest import assert_equal_bits, refused
 
 from flaxgpt.checkpoint import Checkpoints, load, load_run
-from flaxgpt.config import TrainConfig
 from flaxgpt.errors import InputError
 from flaxgpt.optim import make_optimizer
 from flaxgpt.run.folder import LOCK, load_config, read_metrics
 from flaxgpt.run.log import RunLog
 from flaxgpt.run.saved import CHECKSUMS, DamagedError, best_step, saved_steps, unfinished, val_losses, verify
 from flaxgpt.run.setup import prepare
-from flaxgpt.state import abstract_state, init_state
+from flaxgpt.state import abstract_state
 from flaxgpt.train import train
 
-MODEL = SMALL.replace(context_length=8, emb_dim=8, n_heads=2, n_layers=1, drop_rate=0.1)
 PARAMS_AND_REST = ("_METADATA", "manifest.ocdbt", "_sharding", "commit_success.txt")
 
 
@@ -39,30 +36,6 @@ def trained(cfg, out_dir, **options):
     cfg, corpus = prepare(cfg, out_dir, **options)
     with RunLog(out_dir) as log:
         return train(cfg, corpus, log, resume=options.get("resume", False))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A run of 6 updates, with the checkpoints 4 and 6."""
-    root = tmp_path_factory.mktemp("saved")
-    os.environ["FLAXGPT_CACHE"], cache = str(root / "cache"), os.environ.get("FLAXGPT_CACHE")
-    (root / "text.txt").write_text("the cat sat on the mat and the dog sat on the log; " * 40)
-    cfg = TrainConfig(
-        model=MODEL,
-        data=str(root / "text.txt"),
-        tokenizer="char",
-        batch_size=2,
-        max_steps=6,
-        decay_steps=8,
-        warmup_steps=1,
-        eval_every=3,
-        eval_batches=1,
-        checkpoint_every=2,
-        sample_tokens=0,
-    )
-    trained(cfg, root / "run")
-    yield root / "run"
-    os.environ.pop("FLAXGPT_CACHE") if cache is None else os.environ.update(FLAXGPT_CACHE=cache)
 
 
 @pytest.fixture
@@ -193,9 +166,8 @@ def write_losses(run, losses):
     (run / "metrics.jsonl").write_text("".join(json.dumps({"step": step, "val/loss": loss}) + "\n" for step, loss in losses.items()))
 
 
-def test_the_newest_and_the_best_are_kept_also_after_a_resume(tmp_path):
-    cfg, run, losses = TrainConfig(model=MODEL), tmp_path / "run", {}
-    state = init_state(cfg, make_optimizer(cfg))
+def test_the_newest_and_the_best_are_kept_also_after_a_resume(saved, tmp_path):
+    run, losses, state = tmp_path / "run", {}, restored(saved)
     template, here = jax.eval_shape(lambda: state), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda _: here, template)
     kept = {1: {1}, 2: {1, 2}, 3: {2, 3}, 4: {2, 3, 4}, 5: {2, 4, 5}, 6: {5, 6}, 7: {6, 7}}

@@ -28,8 +28,8 @@ def test_train_then_sample(call, trainer, tmp_path):
     assert call(sample, *sampling)[1] == out
 
 
-def test_a_run_folder_is_not_touched_without_a_flag(call, tmp_path):
-    assert call(train_jax, *SMALL_RUN, "--out-dir", "a")[0] == 0
+def test_a_run_folder_is_not_touched_without_a_flag(call, small, tmp_path):
+    shutil.copytree(small.folder, "a")
     before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
     refused(call(train_jax, *SMALL_RUN, "--out-dir", "a"), "a exists.*--resume.*--overwrite")
     refused(call(train_jax, *SMALL_RUN, "--out-dir", "a", "--overwrite", "--resume"), "exclude")
@@ -96,10 +96,10 @@ def test_a_flag_that_does_not_fit_is_explained_by_tyro_and_leaves_nothing_behind
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_or_foreign_checkpoint_is_one_line(call, tmp_path):
+def test_a_missing_or_foreign_checkpoint_is_one_line(call, small, tmp_path):
     refused(call(sample), "--checkpoint")
     refused(call(sample, "--checkpoint", "absent", "--prompt", "the"), "not a run folder")
-    assert call(train_jax, *SMALL_RUN, "--out-dir", "a")[0] == 0
+    shutil.copytree(small.folder, "a")
     config = tmp_path / "a" / "config.json"
     config.write_text(config.read_text().replace('"emb_dim": 16', '"emb_dim": 32'))
     refused(call(sample, "--checkpoint", "a", "--prompt", "the"), "does not fit")
@@ -114,8 +114,8 @@ def test_a_missing_or_foreign_checkpoint_is_one_line(call, tmp_path):
         refused(call(sample, "--checkpoint", "a", "--prompt", "the"), pattern)
 
 
-def test_a_damaged_checkpoint_is_one_line(call, tmp_path):
-    assert call(train_jax, *SMALL_RUN, "--out-dir", "a")[0] == 0
+def test_a_damaged_checkpoint_is_one_line(call, small, tmp_path):
+    shutil.copytree(small.folder, "a")
     for file in (tmp_path / "a" / "checkpoints" / "3" / "params").rglob("*"):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(file.read_bytes()[:100])

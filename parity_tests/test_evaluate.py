@@ -11,20 +11,18 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, random_ids, random_pair, refused, refused_by_tyro
+from conftest import FLAGS, SMALL, TEXT, random_ids, random_pair, refused, refused_by_tyro, trained
 from hugging_face import NARROW, make_model
 
 from flaxgpt.checkpoint import load
-from flaxgpt.config import GPTConfig, TrainConfig
+from flaxgpt.config import GPTConfig
 from flaxgpt.data.tokenizer import CharTokenizer, GPT2Tokenizer
 from flaxgpt.errors import InputError
 from flaxgpt.evaluation.estimate import BLOCKS, BlockSums, ratio
 from flaxgpt.evaluation.evaluate import byte_lengths, evaluate, scored_tokens
 from flaxgpt.evaluation.windows import UNSCORED, SlidingWindows
 from flaxgpt.model import init_params
-from flaxgpt.run.log import RunLog
-from flaxgpt.run.setup import prepare
-from flaxgpt.train import train
+from flaxgpt.run.cli import parse_train
 
 ALPHABET = CharTokenizer("".join(map(chr, range(32, 32 + SMALL.vocab_size))))  # the last two of its characters have two bytes
 
@@ -197,19 +195,9 @@ def test_bytes_are_those_of_the_text_and_the_end_of_a_text_has_none():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run folder: a model that has hardly been trained, of single characters."""
-    folder = tmp_path_factory.mktemp("runs") / "a"
-    text = folder.parent / "corpus.txt"
-    text.write_text(("Every effort moves you forward. " * 41)[:1290])  # 129 characters are for validation: 16 windows, 8 batches
-    model = GPTConfig(n_layers=1, n_heads=2, emb_dim=16, context_length=8, drop_rate=0.1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLAXGPT_CACHE", str(folder.parent / "cache"))
-        cfg = TrainConfig(
-            model=model, data=str(text), tokenizer="char", batch_size=2, max_steps=3, warmup_steps=0, eval_batches=99, sample_tokens=0
-        )
-        cfg, corpus = prepare(cfg, folder)
-        with RunLog(folder) as log:
-            train(cfg, corpus, log)
-    return folder
+    root = tmp_path_factory.mktemp("runs")
+    (root / "corpus.txt").write_text(TEXT[:1290])  # 129 characters are for validation: 16 windows, 8 batches
+    return trained(root, parse_train("", FLAGS).config.replace(data="corpus.txt", eval_batches=99)).folder
 
 
 @pytest.fixture
@@ -233,7 +221,7 @@ def test_a_run_is_evaluated_on_its_own_validation_split_and_agrees_with_its_log(
 
 
 def test_texts_come_from_files_folders_and_standard_input_and_tokens_from_a_file(run, folder, tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("Every effort moves you. " * 5)
+    (tmp_path / "a.txt").write_text("the cat sat on the log; " * 5)
     text = (tmp_path / "a.txt").read_text()
     expected = json.loads(run("--text", "a.txt", "--json")[1]) | {"text": ""}
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
@@ -285,7 +273,7 @@ def test_several_texts_are_joined_by_the_end_of_text_token(call, gpt2, tmp_path)
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line(run, tmp_path, args, pattern):
-    for name, text in (("empty", " \n"), ("other", "\u00f6" * 50), ("one", "E")):
+    for name, text in (("empty", " \n"), ("other", "\u00f6" * 50), ("one", "t")):
         (tmp_path / f"{name}.txt").write_text(text)
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     (tmp_path / "odd.bin").write_bytes(b"abc")

@@ -12,9 +12,7 @@ import prepare_data
 import pytest
 import train_jax
 import train_torch
-from conftest import SCRIPTS, refused
-from test_survival import FLAGS
-from test_train import TEXT
+from conftest import FLAGS, SCRIPTS, TEXT, refused
 
 from flaxgpt.run.folder import read_metrics
 from flaxgpt.run.saved import saved_steps, verify
@@ -58,14 +56,13 @@ def forbidden(path):
         ("checkpoints", r"can't write to run \((Permission denied|Operation not permitted)\): what was saved before is whole"),
     ],
 )
-def test_a_permission_that_was_lost_is_one_line_and_the_checkpoints_stay_as_they_are(call, tmp_path, recwarn, what, pattern):
-    (tmp_path / "text.txt").write_text(TEXT)
-    assert call(train_jax, *FLAGS, "--out-dir", "run")[0] == 0
-    saved = {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").rglob("*") if path.is_file()}
+def test_a_permission_that_was_lost_is_one_line_and_the_checkpoints_stay_as_they_are(call, saved, tmp_path, recwarn, what, pattern):
+    shutil.copytree(saved, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").rglob("*") if path.is_file()}
     recwarn.clear()
     with forbidden(tmp_path / "run" / what):
         refused(call(train_jax, "--resume", "--max-steps", "8", "--out-dir", "run"), pattern)
-    assert {path: path.read_bytes() for path in saved} == saved
+    assert {path: path.read_bytes() for path in before} == before
     gc.collect()
     assert [str(warning.message) for warning in recwarn if warning.category is RuntimeWarning] == [], "printed when a script ends"
 

@@ -20,7 +20,7 @@ import sample
 import torch
 import train_jax
 import train_torch
-from conftest import SCRIPTS, SMALL, assert_equal_bits, forward, random_ids, random_pair, refused
+from conftest import ONE_LAYER, SCRIPTS, SMALL, assert_equal_bits, forward, random_ids, random_pair, refused
 from hugging_face import NARROW, make_model
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_nanogpt_computes_the_same_here_on_both_sides(tmp_path, 
     assert ours.tokenizer.chars == theirs.tokenizer.chars == nanogpt.CHARS
     ids = random_ids(ours.cfg, (2, 16))
     expected = nanogpt.logits(weights, nanogpt.ARGS, torch.from_numpy(ids)).numpy()
-    for found in (flaxgpt.forward(ours.params, ours.cfg, ids), theirs.model(torch.from_numpy(ids)).detach().numpy()):
+    for found in (forward(ours.params, ours.cfg, ids), theirs.model(torch.from_numpy(ids)).detach().numpy()):
         assert_same_logits(found, expected)
 
 
@@ -212,15 +212,15 @@ def test_a_padded_vocabulary_is_cropped_to_the_same_logits(tied):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_tokens_that_pad_the_vocabulary_are_never_written(temperature):
-    tokenizer, params = CharTokenizer("abcdef"), random_pair(SMALL)[1]
+    tokenizer, params = CharTokenizer("abcdef"), random_pair(ONE_LAYER)[1]
     key, settings = jax.random.key(0), flaxgpt.SamplingConfig(temperature=temperature, banned=(2,))
-    as_many = settings.replace(banned=(2,) * (SMALL.vocab_size - 6 + 1))  # which compiles to the program of the rest
-    free = flaxgpt.generate(params, SMALL, [[0, 1]], 40, as_many, key=key)[0, 2:]
+    as_many = settings.replace(banned=(2,) * (ONE_LAYER.vocab_size - 6 + 1))  # which compiles to the program of the rest
+    free = flaxgpt.generate(params, ONE_LAYER, [[0, 1]], 40, as_many, key=key)[0, 2:]
     assert 2 not in free
     assert free.max() >= 6, "the model itself does not want to write them, so nothing is tested"
-    (text,) = complete_text(params, SMALL, tokenizer, ["ab"], 40, settings, key=key)
+    (text,) = complete_text(params, ONE_LAYER, tokenizer, ["ab"], 40, settings, key=key)
     assert set(text.ids) <= {0, 1, 3, 4, 5}
-    assert "".join(stream(params, SMALL, tokenizer, "ab", 40, settings, key=key)) == text.text
+    assert "".join(stream(params, ONE_LAYER, tokenizer, "ab", 40, settings, key=key)) == text.text
 
 
 def test_a_padded_model_goes_to_hugging_face_with_its_padding_suppressed(tmp_path):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, assert_close, forward, random_ids, random_pair
+from conftest import ONE_LAYER, SMALL, assert_close, forward, random_ids, random_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sampling import EVERYTHING
@@ -33,6 +33,11 @@ def pair():
 @pytest.fixture(scope="module")
 def params(pair):
     return unstack(pair[1], SMALL)
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    return unstack(random_pair(ONE_LAYER)[1], ONE_LAYER)
 
 
 def reference(model, cfg, prompts, new, key, *, use_cache, **options):
@@ -121,7 +126,7 @@ def own_slot_hidden(self, T):
 )
 def test_a_planted_bug_in_the_cache_is_caught(monkeypatch, name, bug):
     # A config of its own for each, since what is compiled with the bug stays; and no window that slides, which has no cache.
-    cfg = SMALL.replace(vocab_size=100 + len(bug.__name__), n_layers=1, context_length=128)
+    cfg = ONE_LAYER.replace(vocab_size=100 + len(bug.__name__), context_length=128)
     model, params = random_pair(cfg)
     prompts = [random_ids(cfg, (length,), length).tolist() for length in (3, 7)]
     monkeypatch.setattr(Cache, name, bug)
@@ -129,14 +134,14 @@ def test_a_planted_bug_in_the_cache_is_caught(monkeypatch, name, bug):
     assert not np.array_equal(ours, reference(model, cfg, prompts, 9, None, use_cache=False))
 
 
-def test_rows_of_a_batch_decode_as_if_alone(params):
+def test_rows_of_a_batch_decode_as_if_alone(shallow):
     prompts = [random_ids(SMALL, (length,), length).tolist() for length in (9, 12, 1, 30)]
     key, sampling = jax.random.key(0), SamplingConfig(repetition_penalty=1.2, top_p=0.99)
-    together = complete(params, SMALL, prompts, 30, sampling, key=key)
+    together = complete(shallow, ONE_LAYER, prompts, 30, sampling, key=key)
     for b, prompt in enumerate(prompts):
-        alone = complete(params, SMALL, [prompt], 30, sampling, key=jax.random.fold_in(key, b)[None])
+        alone = complete(shallow, ONE_LAYER, [prompt], 30, sampling, key=jax.random.fold_in(key, b)[None])
         np.testing.assert_array_equal(alone.ids_BT[0], together.ids_BT[b])
-    others = complete(params, SMALL, [prompts[0], [1], [2], [3]], 30, sampling, key=key)
+    others = complete(shallow, ONE_LAYER, [prompts[0], [1], [2], [3]], 30, sampling, key=key)
     np.testing.assert_array_equal(others.ids_BT[0], together.ids_BT[0])
 
 
@@ -176,8 +181,8 @@ def test_the_cache_is_sized_by_need():
     assert slots(5, 5000) == 8 + 512
 
 
-def test_memory_beyond_the_cache_does_not_grow_with_the_number_of_tokens(params):
-    (few, small), (many, large) = (compiled_decode(SMALL, params, 5, new) for new in (64, 64_000))
+def test_memory_beyond_the_cache_does_not_grow_with_the_number_of_tokens(shallow):
+    (few, small), (many, large) = (compiled_decode(ONE_LAYER, shallow, 5, new) for new in (64, 64_000))
     assert small.cache.slots == large.cache.slots
     buffer = 4 * (large.new_BT.size - small.new_BT.size)  # four bytes a token: the result itself
     grown = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
@@ -200,38 +205,39 @@ def test_no_weight_is_copied_converted_or_transposed_while_decoding():
     assert "convert_element_type" in made_in_the_loop(in_float32), "what this test looks for"
 
 
-def test_an_ended_row_holds_only_the_end_token(pair):
+def test_an_ended_row_holds_only_the_end_token():
+    model, params = random_pair(ONE_LAYER)
     prompt = random_ids(SMALL, (4, 5))
-    free = generate(pair[1], SMALL, prompt, 20)
+    free = generate(params, ONE_LAYER, prompt, 20)
     eos = int(free[0, 8])
-    ended = generate(pair[1], SMALL, prompt, 20, eos_id=eos)
+    ended = generate(params, ONE_LAYER, prompt, 20, eos_id=eos)
     assert ended.shape == free.shape
-    lengths = complete(pair[1], SMALL, prompt, 20, eos_id=eos).lengths_B
+    lengths = complete(params, ONE_LAYER, prompt, 20, eos_id=eos).lengths_B
     for row, wanted, length in zip(ended, free, lengths, strict=True):
         stops = np.flatnonzero(wanted[5:] == eos)
         assert length == (stops[0] + 1 if len(stops) else 20)
         np.testing.assert_array_equal(row[: 5 + length], wanted[: 5 + length])
         assert (row[5 + length :] == eos).all()
-    theirs = torch_generate.generate(pair[0], torch.from_numpy(prompt), 20, 16, eos_id=eos).numpy()
+    theirs = torch_generate.generate(model, torch.from_numpy(prompt), 20, 16, eos_id=eos).numpy()
     np.testing.assert_array_equal(ended[:, : theirs.shape[1]], theirs)
 
 
-def test_decoding_ends_when_every_row_has_ended(params):
+def test_decoding_ends_when_every_row_has_ended(shallow):
     prompt = random_ids(SMALL, (1, 5))
-    eos = int(generate(params, SMALL, prompt, 4)[0, -1])
-    request = Request.of(params, SMALL, prompt, 60, eos_id=eos)
+    eos = int(generate(shallow, ONE_LAYER, prompt, 4)[0, -1])
+    request = Request.of(shallow, ONE_LAYER, prompt, 60, eos_id=eos)
     state = request.decode(request.prefill(), 60)
     assert isinstance(state, State)
     assert int(state.t) <= 4
 
 
-def test_samples_of_one_prompt_share_its_prefill_and_differ(params):
+def test_samples_of_one_prompt_share_its_prefill_and_differ(shallow):
     prompts, key = [[1, 2, 3], [4]], jax.random.key(0)
-    many = generate(params, SMALL, prompts, 12, temperature=1.0, key=key, num_samples=3)
+    many = generate(shallow, ONE_LAYER, prompts, 12, temperature=1.0, key=key, num_samples=3)
     repeated = [prompt for prompt in prompts for _ in range(3)]
-    np.testing.assert_array_equal(many, generate(params, SMALL, repeated, 12, temperature=1.0, key=key))
+    np.testing.assert_array_equal(many, generate(shallow, ONE_LAYER, repeated, 12, temperature=1.0, key=key))
     assert len({tuple(row) for row in many}) == 6
-    request = Request.of(params, SMALL, prompts, 12, num_samples=3)
+    request = Request.of(shallow, ONE_LAYER, prompts, 12, num_samples=3)
     text = str(prefill.trace(*prefill_arguments(request), room=64, num_samples=3).jaxpr)
     assert f"f32[2,8,{SMALL.emb_dim}]" in text
     assert f"f32[6,8,{SMALL.emb_dim}]" not in text, "the prompt is read once for all its samples"
@@ -239,40 +245,40 @@ def test_samples_of_one_prompt_share_its_prefill_and_differ(params):
 
 def prefill_arguments(request):
     ids, first = np.zeros((2, 8), np.int32), np.array([5, 7], np.int32)
-    return request.params, SMALL, ids, first, request.chain, None, request.eos_id, None
+    return request.params, request.cfg, ids, first, request.chain, None, request.eos_id, None
 
 
-def test_log_probabilities_are_the_models_own(pair, params):
+def test_log_probabilities_are_the_models_own(shallow):
     prompt = random_ids(SMALL, (2, 5))
     key = jax.random.key(0)
-    done = complete(params, SMALL, prompt, 11, SamplingConfig(temperature=0.7, top_k=20), key=key, top_log_probs=4)
-    np.testing.assert_array_equal(done.ids_BT, generate(params, SMALL, prompt, 11, temperature=0.7, top_k=20, key=key)[:, 5:])
+    done = complete(shallow, ONE_LAYER, prompt, 11, SamplingConfig(temperature=0.7, top_k=20), key=key, top_log_probs=4)
+    np.testing.assert_array_equal(done.ids_BT, generate(shallow, ONE_LAYER, prompt, 11, temperature=0.7, top_k=20, key=key)[:, 5:])
     whole = np.concatenate([prompt, done.ids_BT], axis=1)
-    expected = jax.jit(lambda params, ids: jax.nn.log_softmax(forward(params, SMALL, ids))[:, 4:])(pair[1], whole[:, :-1])
+    expected = jax.nn.log_softmax(forward(random_pair(ONE_LAYER)[1], ONE_LAYER, whole[:, :-1]))[:, 4:]
     chosen = np.take_along_axis(np.asarray(expected), done.ids_BT[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(done.log_probs_BT, chosen, rtol=1e-5)
     top, ids = jax.lax.top_k(expected, 4)
     np.testing.assert_allclose(done.top_log_probs_BTK, top, rtol=1e-5)
     np.testing.assert_array_equal(done.top_ids_BTK, ids)
-    assert complete(params, SMALL, prompt, 0, top_log_probs=4).top_ids_BTK.shape == (2, 0, 4)
+    assert complete(shallow, ONE_LAYER, prompt, 0, top_log_probs=4).top_ids_BTK.shape == (2, 0, 4)
 
 
-def test_the_same_key_gives_the_same_text_and_another_key_another(params):
+def test_the_same_key_gives_the_same_text_and_another_key_another(shallow):
     prompt = random_ids(SMALL, (2, 5))
 
     def text(seed):
-        return generate(params, SMALL, prompt, 20, temperature=0.7, top_k=20, key=jax.random.key(seed))
+        return generate(shallow, ONE_LAYER, prompt, 20, temperature=0.7, top_k=20, key=jax.random.key(seed))
 
     np.testing.assert_array_equal(text(0), text(0))
     assert not np.array_equal(text(0), text(1))
 
 
-def test_settings_are_one_value_or_keywords_or_both(params):
+def test_settings_are_one_value_or_keywords_or_both(shallow):
     prompt, key = random_ids(SMALL, (2, 5)), jax.random.key(0)
-    expected = generate(params, SMALL, prompt, 20, SamplingConfig(temperature=0.7, top_k=20), key=key)
-    np.testing.assert_array_equal(generate(params, SMALL, prompt, 20, temperature=0.7, top_k=20, key=key), expected)
+    expected = generate(shallow, ONE_LAYER, prompt, 20, SamplingConfig(temperature=0.7, top_k=20), key=key)
+    np.testing.assert_array_equal(generate(shallow, ONE_LAYER, prompt, 20, temperature=0.7, top_k=20, key=key), expected)
     np.testing.assert_array_equal(
-        generate(params, SMALL, prompt, 20, sampling=SamplingConfig(temperature=0.7), top_k=20, key=key), expected
+        generate(shallow, ONE_LAYER, prompt, 20, sampling=SamplingConfig(temperature=0.7), top_k=20, key=key), expected
     )
 
 
@@ -283,10 +289,10 @@ def test_no_new_tokens_gives_the_prompt_back(params):
 
 
 def test_bfloat16_weights_are_converted_once_and_change_no_logit():
-    cfg = SMALL.replace(dtype="bfloat16")
+    cfg = ONE_LAYER.replace(dtype="bfloat16")
     params = random_pair(cfg)[1]
     converted = unstack(params, cfg)
-    assert converted["trf_blocks"][1]["ff"]["layers_0"]["kernel"].dtype == jnp.bfloat16
+    assert converted["trf_blocks"][0]["ff"]["layers_0"]["kernel"].dtype == jnp.bfloat16
     assert converted["final_norm"]["scale"].dtype == jnp.float32
     tokens = random_ids(cfg, (2, 9))
     full = forward(params, cfg, tokens)[:, -1]
@@ -339,7 +345,7 @@ def test_more_tokens_than_the_cache_holds_are_refused(params):
         next_logits(params, SMALL, np.zeros((1, 9), int), Cache.empty(SMALL, np.zeros(1, np.int32), 8))
 
 
-def test_one_compilation_serves_all_prompts_of_a_bucket(params):
+def test_one_compilation_serves_all_prompts_of_a_bucket(shallow):
     prefill.clear_cache()
     decode.clear_cache()
     settings = [
@@ -348,7 +354,7 @@ def test_one_compilation_serves_all_prompts_of_a_bucket(params):
     ]
     for length, new in ((9, 10), (16, 50), (40, 64)):  # past the context the last 16 tokens count
         for options in settings:
-            generate(params, SMALL, random_ids(SMALL, (1, length)), new, key=jax.random.key(length), **options)
+            generate(shallow, ONE_LAYER, random_ids(SMALL, (1, length)), new, key=jax.random.key(length), **options)
     assert (prefill._cache_size(), decode._cache_size()) == (1, 1)
-    generate(params, SMALL, random_ids(SMALL, (1, 8)), 10, key=jax.random.key(0), **settings[0])
+    generate(shallow, ONE_LAYER, random_ids(SMALL, (1, 8)), 10, key=jax.random.key(0), **settings[0])
     assert (prefill._cache_size(), decode._cache_size()) == (2, 2), "a shorter prompt has a smaller cache"

@@ -11,7 +11,7 @@ import sample
 import torch
 import train_jax
 import train_torch
-from conftest import assert_equal_bits, refused
+from conftest import FLAGS, assert_equal_bits, refused
 from transformers import GPT2LMHeadModel
 
 import flaxgpt
@@ -33,8 +33,8 @@ def test_sampling_takes_a_folder_in_place_of_a_run(call, folders):
     refused(call(sample, "--init-from", folders / "plain", "--checkpoint", "a"), "--checkpoint.*--init-from.*not both")
 
 
-TUNE = ("--batch-size", 2, "--eval-batches", 1, "--sample-tokens", 0, "--context-length", 8, "--drop-rate", 0.1)
-NO_UPDATE = ("--learning-rate", 0, "--min-learning-rate", 0)
+NO_UPDATE = ("--learning-rate", 0, "--min-learning-rate", 0, "--drop-rate", 0)
+TUNE = FLAGS[FLAGS.index("--context-length") : FLAGS.index("--data")]  # what is compiled for them serves test_survival.py as well
 
 
 @pytest.mark.parametrize("trainer", [train_jax, train_torch], ids=lambda m: m.__name__)
@@ -42,14 +42,14 @@ def test_fine_tuning_starts_from_the_weights_with_its_positions_cropped(call, fo
     code, _, err = call(trainer, "--init-from", folders / "plain", *TUNE, *NO_UPDATE, "--max-steps", 1, "--out-dir", "a")
     assert code == 0, err
     source, tuned = flaxgpt.load(folders / "plain"), flaxgpt.load("a")
-    assert tuned.cfg.replace(context_length=24) == source.cfg
+    assert tuned.cfg.replace(context_length=24, drop_rate=0.1) == source.cfg
     assert tuned.params["pos_emb"]["embedding"].shape == (8, 16)
     tokens = np.arange(8)[None] * 1000
     np.testing.assert_array_equal(flaxgpt.forward(tuned.params, tuned.cfg, tokens), flaxgpt.forward(source.params, source.cfg, tokens))
 
 
 def test_a_resumed_fine_tuning_is_bit_for_bit_the_one_that_never_stopped(call, plain):
-    run = ("--init-from", plain, *TUNE, "--warmup-steps", 0, "--decay-steps", 4, "--checkpoint-every", 2)
+    run = ("--init-from", plain, *TUNE)
     assert call(train_jax, *run, "--max-steps", 4, "--out-dir", "whole")[0] == 0
     assert call(train_jax, *run, "--max-steps", 2, "--out-dir", "parts")[0] == 0
     shutil.rmtree(plain)

@@ -21,7 +21,8 @@ from torch_ref.generation.generate import generate as torch_generate
 from torch_ref.interpret.patching import patch_each as torch_patch_each
 from torch_ref.interventions import edited, tapped
 
-CFG = SMALL.replace(qkv_bias=True, n_layers=3)
+TWO = SMALL.replace(qkv_bias=True)
+CFG = TWO.replace(n_layers=3)  # where the one in the middle is what matters: each takes as long to compile as the first
 BLOCK = [name.split(".", 2)[2] for name in (site.name for site in sites(1)) if name.startswith("trf_blocks.")]
 NAMES = ["embedding", "final_norm.out", "logits", *(f"trf_blocks.1.{name}" for name in BLOCK)]
 
@@ -37,13 +38,17 @@ def both(model, params, tokens_BT, edits, cfg=CFG):
     return np.asarray(forward(params, cfg, tokens_BT, edits=edits)), theirs
 
 
+@pytest.fixture(scope="module")
+def plain():
+    return np.asarray(forward(random_pair(TWO)[1], TWO, random_ids(TWO, (2, 16))))
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_an_edit_of_any_site_gives_the_same_logits_on_both_sides(name):
-    model, params = random_pair(CFG)
-    tokens_BT = random_ids(CFG, (2, 16))
-    plain = np.asarray(forward(params, CFG, tokens_BT))
-    heads = 2 if set(sites_meant(name, 3)[0].axes) & set("NE") else None
-    ours, theirs = both(model, params, tokens_BT, {name: scale(0.25, positions=(5, -3), heads=heads)})
+def test_an_edit_of_any_site_gives_the_same_logits_on_both_sides(plain, name):
+    model, params = random_pair(TWO)
+    tokens_BT = random_ids(TWO, (2, 16))
+    heads = 2 if set(sites_meant(name, 2)[0].axes) & set("NE") else None
+    ours, theirs = both(model, params, tokens_BT, {name: scale(0.25, positions=(5, -3), heads=heads)}, TWO)
     assert_close("edits", ours, theirs, 2e-6, where=name)
     assert not np.array_equal(ours[:, 5], plain[:, 5]), "the edit changed nothing"
     assert_equal_bits(ours[:, :5], plain[:, :5])  # causal: what comes before position 5 can't know of it
@@ -51,8 +56,8 @@ def test_an_edit_of_any_site_gives_the_same_logits_on_both_sides(name):
 
 @pytest.mark.parametrize("change", [replace(0.5), add(np.linspace(-1, 1, 32)), scale(-2), apply(lambda x: x * x), lambda x: 3 - x])
 def test_every_kind_of_edit_gives_the_same_logits_on_both_sides(change):
-    model, params = random_pair(CFG)
-    ours, theirs = both(model, params, random_ids(CFG, (2, 16)), {"trf_blocks.1.ff.out": change})
+    model, params = random_pair(TWO)
+    ours, theirs = both(model, params, random_ids(TWO, (2, 16)), {"trf_blocks.1.ff.out": change}, TWO)
     assert_close("edits", ours, theirs, 2e-6, where=str(change))
 
 
@@ -66,21 +71,21 @@ def test_a_function_for_every_block_learns_which_one_it_edits():
 
 
 def test_a_head_taken_away_by_its_weights_or_by_its_context_is_the_same():
-    _, params = random_pair(CFG)
-    tokens_BT = random_ids(CFG, (2, 16))
+    _, params = random_pair(TWO)
+    tokens_BT = random_ids(TWO, (2, 16))
     by_weights, by_context = (
-        forward(params, CFG, tokens_BT, edits={f"trf_blocks.1.att.{name}": scale(0, heads=3)}) for name in ("weights", "context")
+        forward(params, TWO, tokens_BT, edits={f"trf_blocks.1.att.{name}": scale(0, heads=3)}) for name in ("weights", "context")
     )
     assert_close("edits", by_weights, by_context, 2e-6)
-    H = CFG.emb_dim // CFG.n_heads
-    by_hand = forward(params, CFG, tokens_BT, edits={"trf_blocks.1.att.context": lambda x: x.at[..., 3 * H :].set(0)})
+    H = TWO.emb_dim // TWO.n_heads
+    by_hand = forward(params, TWO, tokens_BT, edits={"trf_blocks.1.att.context": lambda x: x.at[..., 3 * H :].set(0)})
     assert_equal_bits(by_context, by_hand)
 
 
 def test_a_raised_logit_becomes_the_prediction_and_leaves_no_trace():
-    model, params = random_pair(CFG)
-    tokens_BT, token = random_ids(CFG, (1, 9)), 41
-    step = jax.jit(lambda params, edits=None: forward(params, CFG, tokens_BT, edits=edits))
+    model, params = random_pair(TWO)
+    tokens_BT, token = random_ids(TWO, (1, 9)), 41
+    step = jax.jit(lambda params, edits=None: forward(params, TWO, tokens_BT, edits=edits))
     before = step(params)
     assert before[0, -1].argmax() != token
 
@@ -143,13 +148,13 @@ def test_without_edits_the_program_is_the_one_that_knows_nothing_of_them():
 
 
 def test_edits_are_differentiated_and_vmapped_like_everything_else():
-    model, params = random_pair(CFG)
-    tokens_BT = random_ids(CFG, (2, 16))
+    model, params = random_pair(TWO)
+    tokens_BT = random_ids(TWO, (2, 16))
     steer_D = np.random.default_rng(0).normal(size=32).astype(np.float32)
 
     def loss(steer_D):
         edits = {"trf_blocks.1.shortcut1": add(steer_D, positions=(2, 7))}
-        return jnp.square(forward(params, CFG.replace(remat="block"), tokens_BT, edits=edits)).mean()
+        return jnp.square(forward(params, TWO.replace(remat="block"), tokens_BT, edits=edits)).mean()
 
     ours = jax.jit(jax.grad(loss))(steer_D)
     steer = torch.tensor(steer_D, requires_grad=True)
@@ -217,12 +222,12 @@ def test_steered_generation_is_the_same_cached_recomputed_and_in_the_reference(p
 
 
 def test_rows_of_different_lengths_are_steered_as_if_alone_and_another_value_compiles_nothing():
-    _, params = random_pair(CFG)
+    _, params = random_pair(TWO)
     prompts = [[5, 6, 7], [1, 2, 3, 4, 8, 9, 10], [11]]
 
     def steered(prompts, size):
         direction_D = np.random.default_rng(2).normal(size=32)
-        return complete(params, CFG, prompts, 6, edits={"trf_blocks.0.shortcut2": add(size * direction_D, positions=(1, 4))}).ids_BT
+        return complete(params, TWO, prompts, 6, edits={"trf_blocks.0.shortcut2": add(size * direction_D, positions=(1, 4))}).ids_BT
 
     together = steered(prompts, 2)
     before = compiled.prefill._cache_size(), compiled.decode._cache_size()
@@ -279,26 +284,26 @@ def test_what_can_t_be_edited_where_it_is_asked_for_is_refused():
 
 
 def test_values_and_positions_may_be_of_any_kind():
-    model, params = random_pair(CFG)
-    tokens_BT = random_ids(CFG, (2, 16))
+    model, params = random_pair(TWO)
+    tokens_BT = random_ids(TWO, (2, 16))
     array = np.linspace(-1, 1, 32)
     array.flags.writeable = False
 
     def edits(value, positions):
         return {"trf_blocks.1.shortcut2": add(value, positions=positions)}
 
-    expected = forward(params, CFG, tokens_BT, edits=edits(array, np.array([3, 15])))
-    text = generate(params, CFG, [[1, 2, 3]], 8, edits=edits(array, np.array([3, 15])))
+    expected = forward(params, TWO, tokens_BT, edits=edits(array, np.array([3, 15])))
+    text = generate(params, TWO, [[1, 2, 3]], 8, edits=edits(array, np.array([3, 15])))
     values = array.tolist(), array, jnp.asarray(array), torch.from_numpy(array.copy())
     for value, positions in zip(values, ([3, -1], range(3, 16, 12), jnp.array([3, -1]), torch.tensor([3, 15])), strict=True):
         with warnings.catch_warnings(action="error"):
-            ours, theirs = both(model, params, tokens_BT, edits(value, positions))
+            ours, theirs = both(model, params, tokens_BT, edits(value, positions), TWO)
         assert_close("edits", ours, expected, 2e-6, where=f"{type(value)} {positions}")
         assert_close("edits", theirs, expected, 2e-6, where=f"{type(value)} {positions}")
-        np.testing.assert_array_equal(generate(params, CFG, [[1, 2, 3]], 8, edits=edits(value, [3, 15])), text)
-    as_argument = jax.jit(lambda edits: forward(params, CFG, tokens_BT, edits=edits))(edits(array.tolist(), [3, -1]))
+        np.testing.assert_array_equal(generate(params, TWO, [[1, 2, 3]], 8, edits=edits(value, [3, 15])), text)
+    as_argument = jax.jit(lambda edits: forward(params, TWO, tokens_BT, edits=edits))(edits(array.tolist(), [3, -1]))
     assert_close("edits", as_argument, expected, 2e-6)
-    np.testing.assert_array_equal(forward(params, CFG, tokens_BT, edits=edits(array, [])), forward(params, CFG, tokens_BT))
+    np.testing.assert_array_equal(forward(params, TWO, tokens_BT, edits=edits(array, [])), forward(params, TWO, tokens_BT))
 
 
 def test_a_function_may_write_to_the_tensor_that_it_is_given():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import train_jax
-from conftest import SMALL, SMALL_RUN, assert_close, random_ids, random_pair, refused
+from conftest import ONE_LAYER, SMALL, assert_close, random_ids, random_pair, refused
 
 from flaxgpt import kernels, model
 from flaxgpt.cache import Cache
@@ -71,9 +71,8 @@ def test_a_fused_attention_that_is_impossible_is_refused_before_a_run_folder_is_
     assert not (tmp_path / "run").exists()
 
 
-def test_the_first_line_of_a_run_says_which_attention_it_has(call, tmp_path):
-    _, out, _ = call(train_jax, *SMALL_RUN, "--out-dir", tmp_path / "run")
-    assert "plain attention (there is no kernel for cpu)" in out.splitlines()[0]
+def test_the_first_line_of_a_run_says_which_attention_it_has(small):
+    assert "plain attention (there is no kernel for cpu)" in small.said.splitlines()[0]
 
 
 # Sizes of heads, among them that of GPT-2 and one that is no power of two.
@@ -112,7 +111,7 @@ def splash(monkeypatch):
 
 
 def test_a_model_with_splash_attention_has_the_loss_and_gradients_of_the_plain_one(splash):
-    cfg = SMALL.replace(context_length=128, qkv_bias=True)
+    cfg = ONE_LAYER.replace(context_length=128, qkv_bias=True)
     _, params = random_pair(cfg)
     batch = batch_of(cfg)
     loss, grads = loss_and_gradients(params, cfg, batch)
@@ -160,7 +159,7 @@ def test_layers_compute_the_same_written_out_and_scanned_with_dropout_and_edits(
     cfg, key = SMALL.replace(dtype="float64", drop_rate=0.1, n_layers=3), jax.random.key(1)
     edits = {"trf_blocks.1.att.out": scale(0.5), "trf_blocks.{}.ff.out": scale(0.9)}
     with jax.enable_x64(True):
-        params, (inputs_BT, targets_BT) = jax.tree.map(lambda x: np.asarray(x, np.float64), initial(cfg)), batch_of(cfg)
+        params, (inputs_BT, targets_BT) = jax.tree.map(lambda x: np.asarray(x, np.float64), random_pair(cfg)[1]), batch_of(cfg)
 
         def loss_and_all_gradients():
             def loss(params):
@@ -217,7 +216,7 @@ def test_the_loss_in_chunks_equals_that_of_all_logits_and_so_do_its_gradients(ch
 def test_a_model_has_the_same_loss_and_gradients_in_chunks(tied):
     cfg = SMALL.replace(tie_embeddings=tied, dtype="float64", loss_chunk=0, n_layers=1)
     with jax.enable_x64(True):
-        params, batch = jax.tree.map(lambda x: np.asarray(x, np.float64), initial(cfg)), batch_of(cfg)
+        params, batch = jax.tree.map(lambda x: np.asarray(x, np.float64), random_pair(cfg)[1]), batch_of(cfg)
         loss, grads = loss_and_gradients(params, cfg, batch)
         cfg = cfg.replace(loss_chunk=5)
         chunked_loss, chunked_grads = loss_and_gradients(params, cfg, batch)
@@ -248,8 +247,8 @@ def test_evaluating_in_chunks_computes_no_gradient():
 
 
 def test_rematerialisation_changes_nothing():
-    cfg = SMALL.replace(drop_rate=0.1)
-    params, batch = initial(cfg), batch_of(cfg)
+    cfg = ONE_LAYER.replace(drop_rate=0.1)
+    params, batch = random_pair(cfg)[1], batch_of(cfg)
     off, dots, block = (
         loss_and_gradients(params, cfg.replace(remat=remat), batch, jax.random.key(1)) for remat in ("none", "dots", "block")
     )
@@ -260,7 +259,7 @@ def test_rematerialisation_changes_nothing():
 
 def test_the_policies_of_rematerialisation_compute_different_amounts_again():
     cfg = SMALL.replace(drop_rate=0.0)
-    params, batch = initial(cfg), batch_of(cfg)
+    params, batch = random_pair(cfg)[1], batch_of(cfg)
 
     def dots(remat):
         return str(jax.make_jaxpr(lambda params: loss_and_gradients(params, cfg.replace(remat=remat), batch))(params)).count("dot_general")
@@ -313,8 +312,8 @@ def test_a_padded_vocabulary_changes_nothing(tied, chunk):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_padding_of_the_vocabulary_converts_away_and_back(tied):
-    cfg = TrainConfig(model=SMALL.replace(tie_embeddings=tied, vocab_multiple=64, qkv_bias=True))
-    params = initial(cfg.model)
+    cfg = TrainConfig(model=ONE_LAYER.replace(tie_embeddings=tied, vocab_multiple=64, qkv_bias=True))
+    params = random_pair(cfg.model)[1]
     unpadded = {row: tensor.shape for row, tensor in to_torch(fit_vocab(params, 97), cfg.model.replace(vocab_multiple=1)).items()}
     state_dict = to_torch(params, cfg.model)
     assert {name: tensor.shape for name, tensor in state_dict.items()} == unpadded
@@ -416,6 +415,7 @@ def test_splash_attention_on_eight_devices_equals_that_on_one(mesh):
 
 
 def initial(cfg):
+    """As training draws them, which takes as long to compile as an update: where any will do, `random_pair` has some."""
     return jax.device_get(jax.jit(functools.partial(init_params, cfg))(jax.random.key(0)))
 
 

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import SMALL, remember
+from conftest import ONE_LAYER, SMALL, remember
 
 from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.parity import flax_side, ladder
@@ -82,7 +82,7 @@ def test_the_whole_ladder_passes_for_random_small_configs(seed, theirs):
 
 
 def test_bfloat16_differs_by_no_more_than_its_rounding_explains():
-    cfg = TrainConfig(model=SMALL.replace(qkv_bias=True))
+    cfg = TrainConfig(model=ONE_LAYER.replace(qkv_bias=True))
     results = climb(make_problem(cfg), ("activations", "loss", "gradients"), "bfloat16")
     assert_passed(results, "bfloat16")
     assert results[0].rows[-1].difference > 1e-3, "it was not bfloat16 that was compared"
@@ -150,7 +150,7 @@ def test_a_rung_that_can_t_be_compared_does_not_keep_the_others_from_it():
             record["gradients"].popitem()
             return record
 
-    results = ladder.climb(flax_side, Incomplete, make_problem(TrainConfig(model=SMALL)), dtype="float64")
+    results = ladder.climb(flax_side, Incomplete, make_problem(TrainConfig(model=ONE_LAYER)), dtype="float64")
     assert [next(results).passed, next(results).passed] == [True, True]
     with pytest.raises(ValueError, match="is only in one of them"):
         next(results)

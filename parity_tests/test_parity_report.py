@@ -12,7 +12,7 @@ import parity_report
 import pytest
 import torch
 from bugs import BUGS, planted
-from conftest import SMALL, random_ids, random_pair, refused, refused_by_tyro
+from conftest import ONE_LAYER, SMALL, random_ids, random_pair, refused, refused_by_tyro
 from safetensors.torch import save_file
 
 from flaxgpt.config import TrainConfig
@@ -107,7 +107,7 @@ def test_a_safetensors_file_and_a_preset_s_config_will_do(report, tmp_path):
 
 
 def test_a_tied_model_s_file_is_read_as_tied(report, tmp_path):
-    model, _ = random_pair(SMALL.replace(tie_embeddings=True))
+    model, _ = random_pair(ONE_LAYER.replace(tie_embeddings=True))
     torch.save(model.state_dict(), tmp_path / "tied.pt")
     code, _, err = report("--state-dict", tmp_path / "tied.pt", "--n-heads", 4, "--rungs", 2, "--json", tmp_path / "r.json")
     assert code == 0, err

@@ -13,7 +13,7 @@ import plan as script
 import pytest
 import train_jax
 import train_torch
-from conftest import SMALL, refused, refused_by_tyro
+from conftest import ONE_LAYER, SMALL, refused, refused_by_tyro
 
 from flaxgpt.config import TrainConfig
 from flaxgpt.errors import InputError
@@ -35,19 +35,18 @@ from flaxgpt.plan.search import fewest_microbatches, left_out, meshes_of, settle
 from flaxgpt.plan.targets import CHIPS, Target, find_target, present
 from flaxgpt.train import describe_choices
 
-ONE_LAYER = SMALL.replace(n_layers=1)  # on a CPU layers are written out, and each takes as long to compile as the first
 RUN = TrainConfig(model=ONE_LAYER, batch_size=16, gather="layer")
 SMALL_FLAGS = ("--batch-size", 4, "--context-length", 16, "--emb-dim", 32, "--n-layers", 1)
 
 LIVE = """
 import json, sys
-import jax
+import jax, numpy as np
 from flaxgpt.config import TrainConfig
 from flaxgpt.optim import adam_state, make_optimizer
 from flaxgpt.plan.plan import plan_mesh
 from flaxgpt.plan.search import options
 from flaxgpt.plan.targets import find_target
-from flaxgpt.state import create_state
+from flaxgpt.state import abstract_state, create_state
 
 def held(tree):
     shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards]
@@ -55,7 +54,9 @@ def held(tree):
 
 target = find_target("here")
 for cfg in map(TrainConfig.from_dict, json.loads(sys.argv[1])):
-    state = create_state(cfg, make_optimizer(cfg), plan_mesh(cfg, target))
+    tx = make_optimizer(cfg)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_state(cfg, tx).params)
+    state = create_state(cfg, tx, plan_mesh(cfg, target), zeros)  # drawing them would be compiled for seconds
     adam = adam_state(state.opt_state)
     print(json.dumps([[plan.to_dict() for plan in options(cfg, target)], held(state.params), held((adam.mu, adam.nu))]))
 """
@@ -131,9 +132,9 @@ def by_hand(cfg: TrainConfig) -> float:
     return 2 * cfg.batch_size * T * (3 * (L * block + head) + L * again)
 
 
-@pytest.mark.parametrize(("remat", "steps"), [("none", 4), ("block", 1)])
-def test_the_programs_arithmetic_agrees_with_a_count_by_hand(target, remat, steps):
-    cfg = RUN.replace(grad_accum_steps=steps, model=SMALL.replace(remat=remat, vocab_size=331))
+@pytest.mark.parametrize(("remat", "steps", "n_layers"), [("none", 4, 1), ("block", 1, 2)])
+def test_the_programs_arithmetic_agrees_with_a_count_by_hand(target, remat, steps, n_layers):
+    cfg = RUN.replace(grad_accum_steps=steps, model=SMALL.replace(remat=remat, vocab_size=331, n_layers=n_layers))
     plan = make_plan(cfg, target)
     assert plan.program_flops == pytest.approx(by_hand(cfg), rel=0.01)
     assert plan.doubts == ()
@@ -182,14 +183,17 @@ def test_the_fewest_microbatches_that_fit_are_found_with_few_trials(target, monk
 
 
 def test_microbatches_are_found_by_the_compiled_peak(target, monkeypatch):
-    cfg = RUN.replace(batch_size=2)
-    compiled = {n: make_plan(cfg.replace(grad_accum_steps=n), target) for n in (1, 2)}
-    half = compiled[2].peak_bytes
-    assert half < compiled[1].peak_bytes, "a smaller microbatch does not hold less"
-    monkeypatch.setattr(
-        search, "make_plan", lambda cfg, target: dataclasses.replace(compiled[cfg.grad_accum_steps], memory_bytes=target.memory)
-    )
-    auto = cfg.replace(grad_accum_steps="auto")
+    whole, halves = small_plan(), small_plan(grad_accum_steps=2)
+    half = halves.peak_bytes
+    assert half < whole.peak_bytes, "a smaller microbatch does not hold less"
+
+    def made(cfg, target):
+        """More than two microbatches hold no more than two."""
+        plan = whole if cfg.grad_accum_steps == 1 else halves
+        return dataclasses.replace(plan, grad_accum_steps=cfg.grad_accum_steps, memory_bytes=target.memory)
+
+    monkeypatch.setattr(search, "make_plan", made)
+    auto = RUN.replace(grad_accum_steps="auto")
     assert settle(auto, with_memory(target, half)).grad_accum_steps == 2
     with pytest.raises(InputError, match="not even the smallest microbatch fits"):
         settle(auto, with_memory(target, 1000))

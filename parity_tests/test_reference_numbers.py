@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, forward
 
 from flaxgpt.config import GPTConfig, TrainConfig
 from flaxgpt.convert.params import from_torch
@@ -15,7 +15,6 @@ from flaxgpt.data.corpora import load_corpus
 from flaxgpt.data.tokenizer import get_tokenizer
 from flaxgpt.generation.generate import generate
 from flaxgpt.loss import next_token_loss
-from flaxgpt.model import forward
 from flaxgpt.run.folder import read_metrics
 from flaxgpt.run.log import RunLog
 from flaxgpt.run.setup import prepare

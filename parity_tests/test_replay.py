@@ -20,7 +20,7 @@ from torch_ref.train import train as train_torch
 
 TEXT = "the cat sat on the mat and the dog sat on the log; " * 20
 FLAGS = (
-    "--tokenizer char --context-length 16 --emb-dim 32 --n-heads 4 --n-layers 2 --batch-size 4 "
+    "--tokenizer char --context-length 16 --emb-dim 32 --n-heads 4 --n-layers 1 --batch-size 4 "
     "--max-steps 20 --sample-tokens 8 --prompt the"
 )
 
@@ -85,7 +85,7 @@ def test_the_script_compares_evaluations_and_samples_and_draws_them(config, tmp_
 
 def test_the_script_fails_when_the_runs_diverge(config, tmp_path, monkeypatch, call):
     monkeypatch.setattr("flaxgpt.parity.flax_side.make_optimizer", lambda cfg: make_optimizer(cfg.replace(learning_rate=2e-3)))
-    flags = ["--data", config.data, "--out-dir", str(tmp_path / "out"), *FLAGS.split(), "--n-layers=1"]  # compiled by no other test
+    flags = ["--data", config.data, "--out-dir", str(tmp_path / "out"), *FLAGS.split()]
     code, out, err = call(replay_script, *flags)
     assert code == 1, err
     assert "seen in the third decimal from step" in out

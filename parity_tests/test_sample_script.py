@@ -13,25 +13,11 @@ import pytest
 import sample
 from conftest import refused, refused_by_tyro
 
-from flaxgpt.config import GPTConfig, TrainConfig
-from flaxgpt.run.log import RunLog
-from flaxgpt.run.setup import prepare
-from flaxgpt.train import train
 
-MODEL = GPTConfig(n_layers=1, n_heads=2, emb_dim=16, context_length=8, drop_rate=0.0)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture
+def folder(small):
     """A run folder: a model that has hardly been trained, of single characters."""
-    folder = tmp_path_factory.mktemp("runs") / "a"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLAXGPT_CACHE", str(folder.parent / "cache"))
-        cfg = TrainConfig(model=MODEL, tokenizer="char", batch_size=2, max_steps=3, warmup_steps=0, eval_batches=1, sample_tokens=0)
-        cfg, corpus = prepare(cfg, folder)
-        with RunLog(folder) as log:
-            train(cfg, corpus, log)
-    return folder
+    return small.folder
 
 
 @pytest.fixture

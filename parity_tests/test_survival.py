@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import shutil
 import signal
 import subprocess
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import train_jax
-from conftest import SCRIPTS, assert_equal_bits, refused
-from test_train import CONFIG, TEXT, run_to_the_end, without_times
+from conftest import FLAGS, SCRIPTS, SMALLEST, TEXT, assert_equal_bits, refused, run_to_the_end
+from test_train import without_times
 
 import flaxgpt.step
 import flaxgpt.train
@@ -27,23 +28,12 @@ from flaxgpt.run.lock import lock_folder
 from flaxgpt.run.log import RunLog
 from flaxgpt.run.setup import prepare
 
-MODEL = "--tokenizer char --emb-dim 16 --n-heads 2 --n-layers 1"
-RUN = "--context-length 16 --batch-size 2 --warmup-steps 1 --max-steps 4 --eval-every 2 --eval-batches 1 --checkpoint-every 2"
-FLAGS = f"{MODEL} {RUN} --sample-tokens 0 --log-every 1 --data text.txt".split(" ")
 
-
-@pytest.fixture
-def config(private_cache, tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
-    return CONFIG.replace(data=str(tmp_path / "text.txt"))
-
-
-def test_a_run_without_a_checkpoint_is_resumed_from_its_start(config, tmp_path, capsys):
-    whole = run_to_the_end(config, tmp_path / "run")
-    before = without_times(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert_equal_bits(run_to_the_end(config, tmp_path / "run", resume=True), whole)
-    assert without_times(tmp_path / "run") == before
+def test_a_run_without_a_checkpoint_is_resumed_from_its_start(config, whole, run, capsys):
+    before = without_times(run)
+    shutil.rmtree(run / "checkpoints")
+    assert_equal_bits(run_to_the_end(config, run, resume=True), whole.state)
+    assert without_times(run) == before
     assert "no checkpoint yet, so the run begins again" in capsys.readouterr().out
 
 
@@ -103,18 +93,17 @@ def test_a_fine_tuned_run_without_a_checkpoint_starts_from_the_same_model_again(
     assert without_times(tmp_path / "tuned") == before
 
 
-def test_a_run_folder_is_written_by_one_process_at_a_time(config, tmp_path):
-    run_to_the_end(config, tmp_path / "run")
-    program = f"import time, pathlib; from flaxgpt.run.lock import lock_folder; f = lock_folder(pathlib.Path({str(tmp_path / 'run')!r})); "
+def test_a_run_folder_is_written_by_one_process_at_a_time(config, run):
+    program = f"import time, pathlib; from flaxgpt.run.lock import lock_folder; f = lock_folder(pathlib.Path({str(run)!r})); "
     holder = subprocess.Popen([sys.executable, "-c", program + "print('locked', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
     holder.stdout.readline()
-    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=rf"run is being written by process {holder.pid} on \S+ since 20\S+ \S+ [+-]\d+: wait"):
-        run_to_the_end(config, tmp_path / "run", overwrite=True)
-    assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}, "it touched the run"
+        run_to_the_end(config, run, overwrite=True)
+    assert files == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}, "it touched the run"
     holder.kill()
     holder.wait()
-    lock_folder(tmp_path / "run").close()  # a lock does not outlive its process, however that ended
+    lock_folder(run).close()  # a lock does not outlive its process, however that ended
 
 
 def test_a_new_folder_is_locked_as_soon_as_it_is_there(config, tmp_path):
@@ -143,7 +132,7 @@ def nan_where(monkeypatch, condition):
 
 
 def test_updates_that_are_not_finite_are_skipped_and_counted(config, tmp_path, monkeypatch, capsys):
-    cfg = config.replace(skip_nonfinite=2, log_every=1, eval_every=100, model=config.model.replace(drop_rate=0.0))
+    cfg = config.replace(**SMALLEST, skip_nonfinite=2, log_every=1, eval_every=100)
     _, corpus = prepare(cfg, tmp_path / "run")
     batches = train_batches(corpus.train, cfg)
     token = int(batches[3][1][0, 0])
@@ -177,7 +166,7 @@ def test_more_than_is_allowed_stops_the_run_and_says_where(config, tmp_path, mon
         with pytest.raises(
             InputError, match=rf"at step {step} the loss is nan, .* the batch is of windows \[\d+, .*\], no checkpoint was saved"
         ):
-            run_to_the_end(config.replace(skip_nonfinite=allowed), tmp_path / f"run{allowed}")
+            run_to_the_end(config.replace(**SMALLEST, skip_nonfinite=allowed), tmp_path / f"run{allowed}")
 
 
 def test_the_windows_of_a_batch_are_those_that_it_was_made_of(config, tmp_path):
@@ -195,7 +184,9 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(config, tmp
     def train_for(steps, limit, *flags):
         command = [sys.executable, SCRIPTS / "train_jax.py", "--out-dir", "run", *flags, "--max-steps", str(steps)]
         limited = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *map(str, command)]
-        return subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True)
+        kept = {} if limit == "unlimited" else {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}  # or JAX warns that it can't write
+        env = os.environ | kept
+        return subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, env=env)
 
     assert train_for(4, "unlimited", *FLAGS[: FLAGS.index("--max-steps")], *FLAGS[FLAGS.index("--max-steps") + 2 :]).returncode == 0
     full = train_for(8, 3, "--resume")
@@ -210,7 +201,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(config, tmp
 
 def test_sigterm_saves_within_the_grace_period_and_exits_with_143(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    flags = [*FLAGS, "--out-dir", "run", "--max-steps", "1000000", "--decay-steps", "1000000", "--eval-every", "1000000"]
+    flags = [*FLAGS, "--out-dir", "run", "--max-steps", "1000000", "--eval-every", "1000000"]
     process = subprocess.Popen([sys.executable, str(SCRIPTS / "train_jax.py"), *flags], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step     1"):

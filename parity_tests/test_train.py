@@ -7,13 +7,24 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, assert_close, assert_equal_bits, random_ids, random_pair
+from conftest import (
+    CONFIG,
+    ONE_LAYER,
+    SMALL,
+    SMALLEST,
+    TEXT,
+    assert_close,
+    assert_equal_bits,
+    forward,
+    random_ids,
+    random_pair,
+    run_to_the_end,
+)
 
 from flaxgpt.checkpoint import load_run
 from flaxgpt.config import TrainConfig
 from flaxgpt.data.loader import train_batches
 from flaxgpt.errors import InputError
-from flaxgpt.model import forward
 from flaxgpt.optim import make_optimizer
 from flaxgpt.run.folder import COLUMNS, load_config, read_metrics
 from flaxgpt.run.log import RunLog
@@ -24,73 +35,47 @@ from flaxgpt.train import train
 from torch_ref.train import train as train_torch
 
 DATA = Path(__file__).parent / "data"
-TEXT = "the cat sat on the mat and the dog sat on the log; " * 40
-CONFIG = TrainConfig(
-    model=SMALL.replace(drop_rate=0.2),
-    tokenizer="char",
-    batch_size=4,
-    max_steps=12,
-    warmup_steps=2,
-    log_every=3,
-    eval_every=5,
-    eval_batches=2,
-    checkpoint_every=5,
-    sample_tokens=4,
-)
 
 
-@pytest.fixture
-def config(private_cache, tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
-    return CONFIG.replace(data=str(tmp_path / "text.txt"))
-
-
-def run_to_the_end(cfg, out_dir, **options):
-    cfg, corpus = prepare(cfg, out_dir, **options)
-    with RunLog(out_dir) as log:
-        state = train(cfg, corpus, log, resume=options.get("resume", False))
-        log.summary("a command")
-    return state
+def initial(cfg, tx):
+    """A state of random parameters; drawing them here takes longer to compile than an update."""
+    return jax.jit(lambda params: init_state(cfg, tx, params))(random_pair(cfg.model)[1])
 
 
 def without_times(folder):
     return [{k: v for k, v in r.items() if k != "tokens_per_second" and not k.startswith("seconds")} for r in read_metrics(folder)]
 
 
-def test_a_resumed_run_is_the_run_that_never_stopped_bit_for_bit(config, tmp_path):
-    whole = run_to_the_end(config, tmp_path / "whole")
-    run_to_the_end(config.replace(max_steps=7, decay_steps=12), tmp_path / "parts")
-    state = run_to_the_end(config.replace(decay_steps=12), tmp_path / "parts", resume=True)
-    assert_equal_bits(whole, state)
+def test_a_resumed_run_is_the_run_that_never_stopped_bit_for_bit(config, whole, tmp_path):
+    run_to_the_end(config.replace(max_steps=7), tmp_path / "parts")
+    state = run_to_the_end(config, tmp_path / "parts", resume=True)
+    assert_equal_bits(whole.state, state)
     by_step = {r["step"]: r for r in without_times(tmp_path / "parts") if "val/loss" in r}
-    for record in without_times(tmp_path / "whole"):
+    for record in without_times(whole.folder):
         if "val/loss" in record:
             assert by_step[record["step"]] == record
 
 
-def test_resuming_from_an_older_checkpoint_forgets_what_was_logged_after_it(config, tmp_path):
-    run_to_the_end(config, tmp_path / "run")
-    before = without_times(tmp_path / "run")
-    (newest,) = [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name == "12"]
+def test_resuming_from_an_older_checkpoint_forgets_what_was_logged_after_it(config, run, tmp_path):
+    before = without_times(run)
+    (newest,) = [p for p in (run / "checkpoints").iterdir() if p.name == "12"]
     newest.rename(tmp_path / "set-aside")
-    samples = (tmp_path / "run" / "samples.txt").read_text()
-    run_to_the_end(config, tmp_path / "run", resume=True)  # from update 10
-    assert without_times(tmp_path / "run") == before
-    assert (tmp_path / "run" / "samples.txt").read_text() == samples
+    samples = (run / "samples.txt").read_text()
+    run_to_the_end(config, run, resume=True)  # from update 10
+    assert without_times(run) == before
+    assert (run / "samples.txt").read_text() == samples
 
 
-def test_resuming_refuses_another_text_and_a_finished_run(config, tmp_path):
-    run_to_the_end(config, tmp_path / "run")
+def test_resuming_refuses_another_text_and_a_finished_run(config, run, tmp_path):
     with pytest.raises(ValueError, match=r"made its 12 updates: pass a larger --max-steps"):
-        run_to_the_end(config, tmp_path / "run", resume=True)
+        run_to_the_end(config, run, resume=True)
     (tmp_path / "text.txt").write_text(TEXT.replace("sat", "tas"))
     with pytest.raises(ValueError, match="not the one that"):
-        prepare(config.replace(max_steps=20, decay_steps=12), tmp_path / "run", resume=True)
+        prepare(config.replace(max_steps=20), run, resume=True)
 
 
-def test_the_run_folder_holds_what_scripts_rely_on(config, tmp_path, capsys):
-    run_to_the_end(config, tmp_path / "run")
-    folder = tmp_path / "run"
+def test_the_run_folder_holds_what_scripts_rely_on(whole):
+    folder = whole.folder
     assert {p.name for p in folder.iterdir()} == {
         *("config.json", "tokenizer.json", "data.json", "metrics.jsonl", "metrics.csv", "loss.png", "report.html", "samples.txt"),
         *("checkpoints", ".lock"),
@@ -110,7 +95,7 @@ def test_the_run_folder_holds_what_scripts_rely_on(config, tmp_path, capsys):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "samples.txt").read_text().count("--- step") == 4
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"10", "12"}, "the newest two are kept"
-    assert "perplexity" in capsys.readouterr().out
+    assert "perplexity" in whole.said
 
     params, cfg, tokenizer = load_run(folder)
     assert TrainConfig.from_dict(json.loads((folder / "config.json").read_text())) == cfg
@@ -126,7 +111,7 @@ def test_training_in_float64_is_refused_before_anything_is_touched(config, tmp_p
 
 
 def test_learning_happens_and_is_reproducible(config, tmp_path):
-    cfg = config.replace(max_steps=60, eval_every=100, learning_rate=1e-2, min_learning_rate=1e-3)
+    cfg = config.replace(max_steps=60, eval_every=100)
     first = run_to_the_end(cfg, tmp_path / "one")
     second = run_to_the_end(cfg, tmp_path / "two")
     assert_equal_bits(first, second)
@@ -135,8 +120,7 @@ def test_learning_happens_and_is_reproducible(config, tmp_path):
     assert end < 1.5, "a text of one repeated sentence should be learnt"
 
 
-def test_ctrl_c_finishes_the_update_saves_and_can_be_resumed(config, tmp_path, monkeypatch):
-    whole = run_to_the_end(config, tmp_path / "whole")
+def test_ctrl_c_finishes_the_update_saves_and_can_be_resumed(config, whole, tmp_path, monkeypatch):
     cfg, corpus = prepare(config, tmp_path / "run")
     with RunLog(tmp_path / "run") as log:
         update = log.update
@@ -151,14 +135,14 @@ def test_ctrl_c_finishes_the_update_saves_and_can_be_resumed(config, tmp_path, m
         log.summary("a command")
     assert log.stop.signal == signal.SIGINT
     assert 8 <= int(state.step) <= 10, "it stops soon after"
-    assert_equal_bits(run_to_the_end(config, tmp_path / "run", resume=True), whole)
-    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
-    assert (tmp_path / "run" / "samples.txt").read_text() == (tmp_path / "whole" / "samples.txt").read_text()
+    assert_equal_bits(run_to_the_end(config, tmp_path / "run", resume=True), whole.state)
+    assert without_times(tmp_path / "run") == without_times(whole.folder)
+    assert (tmp_path / "run" / "samples.txt").read_text() == (whole.folder / "samples.txt").read_text()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_remedy(config, tmp_path):
     with pytest.raises(ValueError, match=r"after step 0 the training loss is nan, .*: start anew with a lower learning_rate"):
-        run_to_the_end(config.replace(learning_rate=1e30, min_learning_rate=None, clip_norm=None), tmp_path / "run")
+        run_to_the_end(config.replace(**SMALLEST, learning_rate=1e30, min_learning_rate=None, clip_norm=None), tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*")), "a broken state was saved"
 
 
@@ -171,7 +155,7 @@ NO_NUMBERS, NO_LOSS = "there are parameters that are not finite", "the validatio
 )
 def test_a_last_update_that_ruins_the_model_is_an_error(config, tmp_path, trains, learning_rate, weight_decay, said):
     rates = {"warmup_steps": 0, "learning_rate": learning_rate, "min_learning_rate": None, "weight_decay": weight_decay}
-    cfg, corpus = prepare(config.replace(model=SMALL, max_steps=1, **rates), tmp_path / "run")
+    cfg, corpus = prepare(config.replace(**SMALLEST, max_steps=1, **rates), tmp_path / "run")
     anew = rf"after step 0 .*{said}.*: start anew with a lower learning_rate"
     with RunLog(tmp_path / "run") as log, pytest.raises(InputError, match=anew):
         trains(cfg, corpus, log)
@@ -179,13 +163,13 @@ def test_a_last_update_that_ruins_the_model_is_an_error(config, tmp_path, trains
 
 
 def test_accumulated_microbatches_give_the_whole_batch_s_update():
-    cfg = CONFIG.replace(model=SMALL)
+    cfg = CONFIG.replace(model=ONE_LAYER)
     tx = make_optimizer(cfg)
-    state = init_state(cfg, tx)
+    state = initial(cfg, tx)
     batch = (random_ids(SMALL, (8, 16)), random_ids(SMALL, (8, 16), seed=1))
-    whole, metrics = jax.jit(make_train_step(SMALL, tx))(state, batch)
+    whole, metrics = jax.jit(make_train_step(ONE_LAYER, tx))(state, batch)
     for parts in (2, 8):
-        state_parts, metrics_parts = jax.jit(make_train_step(SMALL, tx, parts))(state, batch)
+        state_parts, metrics_parts = jax.jit(make_train_step(ONE_LAYER, tx, parts))(state, batch)
         assert float(metrics_parts["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
         assert float(metrics_parts["grad_norm"]) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)
         moments, moments_parts = (jax.tree.leaves(s.opt_state) for s in (whole, state_parts))
@@ -194,10 +178,10 @@ def test_accumulated_microbatches_give_the_whole_batch_s_update():
 
 
 def test_a_step_is_pure_and_its_randomness_is_that_of_the_step():
-    model = SMALL.replace(drop_rate=0.5)
+    model = ONE_LAYER.replace(drop_rate=0.5)
     cfg = CONFIG.replace(model=model)
     tx = make_optimizer(cfg)
-    state = init_state(cfg, tx)
+    state = initial(cfg, tx)
     batch = (random_ids(SMALL, (4, 16)), random_ids(SMALL, (4, 16), seed=1))
     step = jax.jit(make_train_step(model, tx))
     (one, metrics), (two, _) = step(state, batch), step(state, batch)
@@ -209,19 +193,18 @@ def test_a_step_is_pure_and_its_randomness_is_that_of_the_step():
 
 
 def test_a_train_step_compiles_once(config):
-    cfg = config.replace(model=SMALL)
+    cfg = config.replace(model=ONE_LAYER)
     tx = make_optimizer(cfg)
-    step = jax.jit(make_train_step(SMALL, tx), donate_argnums=0)
-    state = init_state(cfg, tx)
+    step = jax.jit(make_train_step(ONE_LAYER, tx), donate_argnums=0)
+    state = initial(cfg, tx)
     batches = train_batches(np.arange(1000, dtype=np.uint16) % 97, cfg)
     for i in range(4):
         state, _ = step(state, batches[i])
     assert step._cache_size() == 1
 
 
-def test_parameters_alone_are_restored_for_sampling(config, tmp_path):
-    state = run_to_the_end(config, tmp_path / "run")
-    assert_equal_bits(load_run(tmp_path / "run").params, state.params)
+def test_parameters_alone_are_restored_for_sampling(whole):
+    assert_equal_bits(load_run(whole.folder).params, whole.state.params)
 
 
 def test_the_reference_trains_the_same_run_and_its_weights_load_here(config, tmp_path):
@@ -242,10 +225,11 @@ def test_the_reference_trains_the_same_run_and_its_weights_load_here(config, tmp
 
 
 def test_random_weights_of_a_run_depend_on_its_seed():
-    tx = make_optimizer(CONFIG)
-    a, b = (init_state(CONFIG.replace(seed=s), tx).params["tok_emb"]["embedding"] for s in (1, 2))
+    cfg = CONFIG.replace(model=ONE_LAYER)
+    tx = make_optimizer(cfg)
+    a, b = (init_state(cfg.replace(seed=s), tx).params["tok_emb"]["embedding"] for s in (1, 2))
     assert not np.array_equal(a, b)
-    assert random_pair(SMALL)[1].keys() == init_state(CONFIG, tx).params.keys()
+    assert random_pair(ONE_LAYER)[1].keys() == jax.eval_shape(lambda: init_state(cfg, tx)).params.keys()
 
 
 def test_a_run_of_an_earlier_version_resumes_where_it_stopped(private_cache, tmp_path, monkeypatch):

@@ -16,9 +16,7 @@ import numpy as np
 import pytest
 import train_jax
 import train_torch
-from conftest import SMALL, refused
-from test_survival import FLAGS
-from test_train import CONFIG, TEXT, run_to_the_end
+from conftest import FLAGS, ONE_LAYER, SMALL, TEXT, refused, run_to_the_end
 
 import flaxgpt.checkpoint
 import flaxgpt.train
@@ -38,16 +36,11 @@ from flaxgpt.run.throughput import flops_per_token, spent
 TIMES = ("tokens_per_second", "seconds", *(f"seconds/{part}" for part in PARTS))
 
 
-@pytest.fixture
-def config(private_cache, tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
-    return CONFIG.replace(data=str(tmp_path / "text.txt"))
-
-
 def stopped_and_resumed(cfg, folder):
-    """A run of 12 updates that was killed after the last one, before its checkpoint: resumed from update 10."""
+    """A run of 12 updates that was killed after the last one, before its checkpoint: resumed from update 10. "whole" was not killed."""
     run_to_the_end(cfg, folder)
-    (folder / "checkpoints" / "12").rename(folder.with_name("lost"))
+    shutil.copytree(folder, folder.with_name("whole"))
+    shutil.rmtree(folder / "checkpoints" / "12")
     run_to_the_end(cfg, folder, resume=True)
 
 
@@ -86,7 +79,6 @@ def test_tensorboard_has_every_number_the_samples_and_the_config(config, tmp_pat
 
 def test_after_a_resume_tensorboard_shows_the_run_as_if_it_had_never_stopped(config, tmp_path):
     cfg = config.replace(tensorboard=True)
-    run_to_the_end(cfg, tmp_path / "whole")
     stopped_and_resumed(cfg, tmp_path / "parts")
     assert len(list((tmp_path / "parts" / "tensorboard").iterdir())) == 2
     whole, parts = events(tmp_path / "whole")[0], events(tmp_path / "parts")[0]
@@ -98,13 +90,13 @@ def test_after_a_resume_tensorboard_shows_the_run_as_if_it_had_never_stopped(con
             assert whole[tag] == parts[tag], tag
 
 
-def test_a_new_run_forgets_what_was_watched_of_the_old_one(config, tmp_path):
-    pytest.importorskip("tensorboard")
-    run_to_the_end(config.replace(tensorboard=True), tmp_path / "run")
-    (tmp_path / "run" / "wandb.txt").write_text("an id")
-    run_to_the_end(config, tmp_path / "run", overwrite=True)
-    assert not (tmp_path / "run" / "tensorboard").exists()
-    assert not (tmp_path / "run" / "wandb.txt").exists()
+def test_a_new_run_forgets_what_was_watched_of_the_old_one(config, run):
+    (run / "tensorboard").mkdir()
+    (run / "tensorboard" / "events.out.tfevents.1").write_text("what was watched")
+    (run / "wandb.txt").write_text("an id")
+    run_to_the_end(config.replace(max_steps=1), run, overwrite=True)
+    assert not (run / "tensorboard").exists()
+    assert not (run / "wandb.txt").exists()
 
 
 @pytest.mark.parametrize("flags", [("--tensorboard",), ("--wandb", "mine")], ids=lambda flags: flags[0])
@@ -168,12 +160,12 @@ def test_weights_and_biases_gets_every_record_and_sample_and_a_resumed_run_its_i
 
 
 @pytest.mark.parametrize("asked", ["login", "init"])
-def test_weights_and_biases_that_refuse_are_one_line(call, tmp_path, wandb, asked):
+def test_weights_and_biases_that_refuse_are_one_line(call, saved, tmp_path, wandb, asked):
     def refuse(**_):
         raise wandb.Error("api_key not configured (no-tty).\nmore")
 
     (tmp_path / "text.txt").write_text(TEXT)
-    assert call(train_jax, *FLAGS, "--out-dir", "run")[0] == 0
+    shutil.copytree(saved, tmp_path / "run")
     files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"}
     setattr(wandb, asked, refuse)
     said = r"Weights & Biases: api_key not configured \(no-tty\)\.: run `wandb login`, or set WANDB_MODE=offline"
@@ -200,7 +192,7 @@ def test_weights_and_biases_itself_takes_a_run_offline(config, tmp_path, monkeyp
 @pytest.mark.parametrize("tied", [False, True])
 def test_flops_per_token_are_six_for_each_weight_that_multiplies_and_those_of_attention(tied):
     cfg = SMALL.replace(tie_embeddings=tied, vocab_size=96)
-    params = init_params(cfg, jax.random.key(0))
+    params = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
     matrices = {
         jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params) if "kernel" in jax.tree_util.keystr(path)
     }
@@ -212,7 +204,7 @@ def test_flops_per_token_are_six_for_each_weight_that_multiplies_and_those_of_at
     assert flops_per_token(GPTConfig.preset("gpt2-124m")) == 6 * (12 * 12 * 768**2 + 768 * 50257) + 12 * 12 * 768 * 1024
 
 
-def test_mfu_is_recorded_where_the_peak_is_given_and_left_out_where_it_is_not_known(config, tmp_path, capsys):
+def test_mfu_is_recorded_where_the_peak_is_given_and_left_out_where_it_is_not_known(config, whole, tmp_path, capsys):
     run_to_the_end(config.replace(peak_tflops=0.5), tmp_path / "given")
     shares = [
         (r["mfu"], r["tokens_per_second"] * flops_per_token(SMALL.replace(vocab_size=len(set(TEXT)))) / 0.5e12)
@@ -223,9 +215,8 @@ def test_mfu_is_recorded_where_the_peak_is_given_and_left_out_where_it_is_not_kn
     for found, expected in shares:
         assert found == pytest.approx(expected / jax.device_count(), rel=1e-12)
     assert "% MFU" in capsys.readouterr().out
-    run_to_the_end(config, tmp_path / "cpu")
-    assert not any("mfu" in record for record in read_metrics(tmp_path / "cpu"))
-    assert "MFU" not in capsys.readouterr().out
+    assert not any("mfu" in record for record in read_metrics(whole.folder))
+    assert "MFU" not in whole.said
 
 
 def test_the_peak_of_known_devices_is_the_published_one():
@@ -349,7 +340,7 @@ def opened(browser, path, **size):
 def test_the_page_shows_the_run_and_asks_for_nothing(browser, config, tmp_path):
     folder = tmp_path / "a <b> run"
     (tmp_path / "text.txt").write_text(TEXT + HOSTILE * 20)
-    run_to_the_end(config.replace(prompt=HOSTILE, peak_tflops=0.5), folder)
+    run_to_the_end(config.replace(prompt=HOSTILE, peak_tflops=0.5, model=ONE_LAYER), folder)
     page = opened(browser, folder / "report.html")
     assert page.evaluate("document.title") == page.evaluate("document.querySelector('h1').textContent") == "a <b> run"
     last = [record for record in read_metrics(folder) if "val/loss" in record][-1]

@@ -212,8 +212,8 @@ def run(args: BenchmarkArgs, _: dict[str, Rates]) -> Iterator[Row]:
         name: [sys.executable, str(scripts / name), "--preset", args.preset, *steps, "--overwrite", "--out-dir", "{folder}/run"]
         for name in ("train_jax.py", "train_torch.py")
     }
-    if args.against:
-        commands = {"train_jax.py": commands["train_jax.py"], args.against: shlex.split(args.against)}
+    if args.against:  # first, so that a command that fails does so at once
+        commands = {args.against: shlex.split(args.against), "train_jax.py": commands["train_jax.py"]}
 
     def process(command: list[str]) -> Call:
         def call() -> None:
@@ -228,7 +228,8 @@ def run(args: BenchmarkArgs, _: dict[str, Rates]) -> Iterator[Row]:
         return call
 
     timed = {who: process(command) for who, command in commands.items() if who == args.against or wanted(args, who)}
-    yield from rows(f"a run of {args.preset}, {args.max_steps or 'all'} updates", timed, args.rounds, warm=False)
+    timed_rows = rows(f"a run of {args.preset}, {args.max_steps or 'all'} updates", timed, args.rounds, warm=False)
+    yield from sorted(timed_rows, key=lambda row: not row.is_ours)
 
 
 def compile_(args: BenchmarkArgs, _: dict[str, Rates]) -> Iterator[Row]:
