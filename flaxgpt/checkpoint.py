@@ -140,12 +140,15 @@ class Checkpoints:
             OSError: what was saved before could not be written.
         """
         self.wait()
+        step = int(state.step)
+        scratch = self._folder / f"{step}{WRITING}"
         if is_first():
             self._folder.mkdir(parents=True, exist_ok=True)
             for leftover in unfinished(self._folder):
                 remove(leftover)
-        step = int(state.step)
-        scratch = self._folder / f"{step}{WRITING}"
+            # What forbids this fails here: threads of Orbax's would wait 5 minutes for the folder, and the process for them.
+            scratch.mkdir()
+            scratch.rmdir()
         rest = (state.step, state.opt_state, state.key)
         items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(rest)}
         with _raised_and_no_more():

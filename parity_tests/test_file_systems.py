@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import prepare_data
@@ -60,9 +61,12 @@ def test_a_permission_that_was_lost_is_one_line_and_the_checkpoints_stay_as_they
     shutil.copytree(saved, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run" / "checkpoints").rglob("*") if path.is_file()}
     recwarn.clear()
+    threads = {*threading.enumerate()}
     with forbidden(tmp_path / "run" / what):
         refused(call(train_jax, "--resume", "--max-steps", "8", "--out-dir", "run"), pattern)
     assert {path: path.read_bytes() for path in before} == before
+    left = [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon]
+    assert left == [], "the process would not end before they do"
     gc.collect()
     assert [str(warning.message) for warning in recwarn if warning.category is RuntimeWarning] == [], "printed when a script ends"
 
