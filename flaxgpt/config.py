@@ -8,6 +8,7 @@ F feed-forward width (4 D), V vocabulary, C context length, L layer, K alternati
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Callable, Mapping
@@ -45,7 +46,7 @@ class _Config:
                 raise InputError(f"{name}={value!r}: expected {expected}")
 
     def _check_types(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
+        for name, kind in _type_hints(type(self)).items():
             if not _is_a(value := getattr(self, name), kind):
                 raise InputError(f"{name}={value!r}: expected {_describe(kind)}")
 
@@ -334,6 +335,9 @@ class SamplingConfig(_Config):
 
 Setting: TypeAlias = float | tuple[int, ...] | Mapping[int, float] | None
 """The value of a field of SamplingConfig."""
+
+
+_type_hints = functools.cache(get_type_hints)  # most of what making a config took was to evaluate them anew
 
 
 def _is_a(value: Any, kind: Any) -> bool:

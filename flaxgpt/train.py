@@ -81,7 +81,7 @@ def train(
     eval_step = sharding.within(compute_mesh, jax.jit(make_eval_step(cfg.model)))
     sample = sharding.within(mesh, make_sample)
     agreed = hosts.Agreement(mesh, values=2)
-    learning_rates = np.asarray(make_schedule(cfg)(np.arange(cfg.max_steps)))
+    learning_rates = np.asarray(jax.jit(make_schedule(cfg))(np.arange(cfg.max_steps)))
 
     tracer = Tracer(profile if hosts.is_first() else None, log.out_dir / PROFILE)
     with Checkpoints(log.out_dir / CHECKPOINTS, keep=cfg.keep_checkpoints) as checkpoints, tracer:

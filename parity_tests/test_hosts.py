@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import itertools
 import os
 import random
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -39,6 +41,7 @@ MODEL = "--tokenizer char --emb-dim 16 --n-heads 2 --n-layers 1 --drop-rate 0.1 
 RUN = "--context-length 16 --batch-size 8 --warmup-steps 1 --eval-batches 1 --sample-tokens 2 --log-every 1 --data text.txt"
 FLAGS = [*MODEL.split(), *RUN.split()]
 MEET = ("--coordinator", "127.0.0.1:1", "--num-processes", "2")
+COMPILED_ONCE = Path(__file__).with_name("compiled_once.py")
 SECONDS = 900
 """How long a run may take here. A loaded machine may let a process wait for minutes."""
 
@@ -79,7 +82,7 @@ def test_what_a_launcher_started_is_found_without_flags(monkeypatch, variables, 
 
 @pytest.mark.parametrize("process_id", [0, 1])
 def test_a_process_that_waits_in_vain_says_so_in_one_line(tmp_path, process_id):
-    ((code, _, err),) = finished(started([process_id], 2, "--join-timeout", "2", cwd=tmp_path))
+    ((code, _, err),) = finished(started([process_id], 2, "--join-timeout", "2", cwd=tmp_path, plainly=True))
     assert code == 2
     (line,) = err.strip().splitlines()
     assert re.fullmatch(rf"error: process {process_id} has waited 2 s, and not all of the 2 processes have come to 127.0.0.1:\d+", line), (
@@ -148,14 +151,15 @@ def test_a_single_process_agrees_with_itself_at_once():
 # Several processes, in earnest.
 
 
-def started(ids, n, *flags, cwd, devices=1, seconds=SECONDS, port=None, run=FLAGS):
-    """These of n processes, each with so many devices, training in cwd/run."""
+def started(ids, n, *flags, cwd, devices=1, seconds=SECONDS, port=None, run=FLAGS, plainly=False):
+    """These of n processes, each with so many devices, training in cwd/run. What several compile, one does, unless they start plainly."""
     if not (cwd / "text.txt").exists():
         (cwd / "text.txt").write_text(TEXT)
     port = port or free_port()
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     several = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(n), "--join-timeout", str(seconds)]
-    command = [sys.executable, str(SCRIPTS / "train_jax.py"), *run, "--out-dir", "run", "--heartbeat-timeout", str(seconds), *several]
+    python = [sys.executable] if plainly or n == 1 else [sys.executable, str(COMPILED_ONCE)]
+    command = [*python, str(SCRIPTS / "train_jax.py"), *run, "--out-dir", "run", "--heartbeat-timeout", str(seconds), *several]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": cwd, "env": env}
     return [subprocess.Popen([*command, "--process-id", str(i), *map(str, flags)], **pipes) for i in ids]
 
@@ -181,9 +185,9 @@ def finished(processes, seconds=SECONDS):
     return results
 
 
-def train(n, *flags, cwd, devices=1, run=FLAGS):
+def train(n, *flags, cwd, **options):
     """n processes train to the end."""
-    for code, _, err in finished(started(range(n), n, *flags, cwd=cwd, devices=devices, run=run)):
+    for code, _, err in finished(started(range(n), n, *flags, cwd=cwd, **options)):
         assert code == 0, err
     return cwd / "run"
 
@@ -236,7 +240,8 @@ def two(tmp_path_factory):
 )
 def test_processes_train_as_one_device_does_with_the_same_dropout(one, request, tmp_path, n, devices, flags):
     shared = (n, devices, flags) == (2, 1, "--tensor 2")
-    run = request.getfixturevalue("two") if shared else train(n, *UPDATES, *flags.split(), cwd=tmp_path, devices=devices)
+    new = functools.partial(train, n, *UPDATES, *flags.split(), cwd=tmp_path, devices=devices, plainly=not flags)
+    run = request.getfixturevalue("two") if shared else new()
     assert_the_same_run(run, one)
     assert (run / "samples.txt").read_text() == (one / "samples.txt").read_text()
     assert {path.name for path in run.iterdir()} == {path.name for path in one.iterdir()}
@@ -319,8 +324,8 @@ def test_models_that_differ_between_processes_are_told_apart(folders):
 def test_what_ends_one_process_ends_the_others_with_the_same_line(tmp_path):
     (tmp_path / "other.txt").write_text(TEXT.replace("sat", "tas"))
     port = free_port()
-    processes = started([0], 2, *UPDATES, cwd=tmp_path, port=port)
-    processes += started([1], 2, *UPDATES, "--data", "other.txt", cwd=tmp_path, port=port)
+    processes = started([0], 2, *UPDATES, cwd=tmp_path, port=port, plainly=True)
+    processes += started([1], 2, *UPDATES, "--data", "other.txt", cwd=tmp_path, port=port, plainly=True)
     for code, _, err in finished(processes):
         assert code == 2
         assert [line for line in err.splitlines() if line.startswith("error: process 1: ")], err

@@ -125,7 +125,7 @@ def draw(logits_BV: np.ndarray, temperature: float, top_k: int | None, seed: int
 
 def noise(seed: int, shape_BV: tuple[int, int]) -> Noise:
     """The Gumbel noise of this seed, by the number of the new token."""
-    return lambda t: np.asarray(gumbel_noise(jax.random.key(seed), t, shape_BV))
+    return functools.cache(lambda t: np.asarray(gumbel_noise(jax.random.key(seed), t, shape_BV)))  # each sampler asks for the same
 
 
 def replay(cfg: TrainConfig, weights: Tensors, updates: Iterable[Update], dtype: str = "float32") -> Iterator[Repeated]:

@@ -26,6 +26,7 @@ from torch_ref.interventions import Points, edited, tapped
 from torch_ref.loss import calc_loss_batch
 from torch_ref.model import GPTModel
 from torch_ref.optim import apply_gradients_, clip_gradients_, make_optimizer
+from torch_ref.port.wide import default_float64
 from torch_ref.step import train_step
 
 
@@ -135,8 +136,8 @@ class TorchSide:
 
         The global generator stays as it was.
         """
-        with torch.random.fork_rng():
-            model = GPTModel(cfg).to(torch.float64 if dtype == "float64" else torch.float32)
+        with torch.random.fork_rng(), default_float64() if dtype == "float64" else contextlib.nullcontext():
+            model = GPTModel(cfg)
         tied = {"out_head.weight": weights["tok_emb.weight"]} if cfg.tie_embeddings else {}
         model.load_state_dict({name: torch.tensor(value) for name, value in {**weights, **tied}.items()})
         return model
