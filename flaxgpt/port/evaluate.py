@@ -42,14 +42,21 @@ class Program:
         Args:
             function: of trees of arrays.
             *shapes: those trees, of `jax.ShapeDtypeStruct`.
-            apart: compute one result after the other, each in a piece of its own: an update, one parameter at a time.
+            apart: compute one result after the other, and end a piece with each that is large: an update, one parameter at a time.
         """
         closed, result = jax.make_jaxpr(function, return_shape=True)(*shapes)
         self.jaxpr, self.structure = closed.jaxpr, jax.tree.structure(result)
         self.consts = dict(zip(self.jaxpr.constvars, closed.consts, strict=True))
         results = [v for v in self.jaxpr.outvars if isinstance(v, Var)]
-        eqns = _one_by_one(self.jaxpr.eqns, results) if apart else _needed(self.jaxpr.eqns, results)
-        self.pieces = _pieces(eqns, self.jaxpr.invars, results, 1 if apart else LENGTH)
+
+        def at_product(eqn: JaxprEqn, length: int) -> bool:
+            return length >= LENGTH and (eqn.primitive.name == "dot_general" or any(v in results for v in eqn.outvars))
+
+        def at_large(eqn: JaxprEqn, length: int) -> bool:
+            return any(v in results and v.aval.size * v.aval.dtype.itemsize >= LARGE for v in eqn.outvars)
+
+        eqns = (_one_by_one if apart else _needed)(self.jaxpr.eqns, results)
+        self.pieces = _pieces(eqns, self.jaxpr.invars, results, at_large if apart else at_product)
 
     def __call__(self, *inputs: Tree, keep: Keep) -> Tree:
         """Run it.
@@ -128,7 +135,7 @@ class Constant:
     value: Any = field(compare=False)
 
 
-def _pieces(eqns: Sequence[JaxprEqn], inputs: Sequence[Var], results: Sequence[Var], length: int) -> list[Piece]:
+def _pieces(eqns: Sequence[JaxprEqn], inputs: Sequence[Var], results: Sequence[Var], ends: Callable[[JaxprEqn, int], bool]) -> list[Piece]:
     shown = {*inputs}
     views: dict[Var, JaxprEqn] = {}
     for eqn in eqns:
@@ -140,7 +147,7 @@ def _pieces(eqns: Sequence[JaxprEqn], inputs: Sequence[Var], results: Sequence[V
         if eqn.outvars[0] in views:
             continue
         groups[-1].append(eqn)
-        if len(groups[-1]) >= length and (eqn.primitive.name == "dot_general" or any(v in results for v in eqn.outvars)):
+        if ends(eqn, len(groups[-1])):
             groups.append([])
     later: set[Var] = set()
     pieces = []
