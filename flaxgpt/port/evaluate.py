@@ -42,7 +42,8 @@ class Program:
         Args:
             function: of trees of arrays.
             *shapes: those trees, of `jax.ShapeDtypeStruct`.
-            apart: compute one result after the other, and end a piece with each that is large: an update, one parameter at a time.
+            apart: compute one result after the other, and end a piece where a large one is there or a large array has been
+                summed up: an update, one parameter at a time.
         """
         closed, result = jax.make_jaxpr(function, return_shape=True)(*shapes)
         self.jaxpr, self.structure = closed.jaxpr, jax.tree.structure(result)
@@ -53,7 +54,9 @@ class Program:
             return length >= LENGTH and (eqn.primitive.name == "dot_general" or any(v in results for v in eqn.outvars))
 
         def at_large(eqn: JaxprEqn, length: int) -> bool:
-            return any(v in results and v.aval.size * v.aval.dtype.itemsize >= LARGE for v in eqn.outvars)
+            if any(map(_large, eqn.outvars)):
+                return any(v in results for v in eqn.outvars)
+            return any(map(_large, eqn.invars))
 
         eqns = (_one_by_one if apart else _needed)(self.jaxpr.eqns, results)
         self.pieces = _pieces(eqns, self.jaxpr.invars, results, at_large if apart else at_product)
@@ -97,6 +100,10 @@ class Program:
         return jax.tree.unflatten(
             self.structure, [keep(np.asarray(v.val)) if isinstance(v, Literal) else kept[v] for v in self.jaxpr.outvars]
         )
+
+
+def _large(v: Var | Literal) -> bool:
+    return v.aval.size * v.aval.dtype.itemsize >= LARGE
 
 
 def _put_away(x: jax.Array, keep: Keep) -> Kept:
