@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
 
-from flaxgpt.port.kept import Keep, Kept
+from flaxgpt.port.kept import LARGE, Keep, Kept
 from flaxgpt.port.tap import to_numpy
 
 Tree = Any
@@ -36,24 +36,37 @@ VIEWS = {"convert_element_type", "copy", "reshape", "slice", "squeeze", "transpo
 class Program:
     """A function that is traced once, to be run any number of times."""
 
-    def __init__(self, function: Callable[..., Tree], *shapes: Tree) -> None:
+    def __init__(self, function: Callable[..., Tree], *shapes: Tree, apart: bool = False) -> None:
         """Trace it, and cut it into pieces.
 
         Args:
             function: of trees of arrays.
             *shapes: those trees, of `jax.ShapeDtypeStruct`.
+            apart: compute one result after the other, and end a piece where a large one is there or a large array has been
+                summed up: an update, one parameter at a time.
         """
         closed, result = jax.make_jaxpr(function, return_shape=True)(*shapes)
         self.jaxpr, self.structure = closed.jaxpr, jax.tree.structure(result)
         self.consts = dict(zip(self.jaxpr.constvars, closed.consts, strict=True))
-        self.pieces = _pieces(self.jaxpr.eqns, self.jaxpr.invars, [v for v in self.jaxpr.outvars if isinstance(v, Var)])
+        results = [v for v in self.jaxpr.outvars if isinstance(v, Var)]
+
+        def at_product(eqn: JaxprEqn, length: int) -> bool:
+            return length >= LENGTH and (eqn.primitive.name == "dot_general" or any(v in results for v in eqn.outvars))
+
+        def at_large(eqn: JaxprEqn, length: int) -> bool:
+            if any(map(_large, eqn.outvars)):
+                return any(v in results for v in eqn.outvars)
+            return any(map(_large, eqn.invars))
+
+        eqns = (_one_by_one if apart else _needed)(self.jaxpr.eqns, results)
+        self.pieces = _pieces(eqns, self.jaxpr.invars, results, at_large if apart else at_product)
 
     def __call__(self, *inputs: Tree, keep: Keep) -> Tree:
         """Run it.
 
         Args:
             *inputs: the function's arguments; each leaf is asked for its array whenever that is needed.
-            keep: takes each result as soon as it is there.
+            keep: takes each result as soon as it is there, and whatever is large.
 
         Returns:
             The function's result, of what `keep` has made of each array.
@@ -64,24 +77,37 @@ class Program:
         kept: dict[Var, Kept] = {}
 
         def read(v: Var) -> jax.Array:
-            return jnp.asarray(sources[v](), v.aval.dtype) if v in sources else values[v]
+            return values[v] if v in values else jnp.asarray(sources[v](), v.aval.dtype)
 
         def run(piece: Piece) -> None:
             # Nothing is queued: what waits to be run holds what it is to be run on.
             for v, x in zip(piece.makes, jax.block_until_ready(piece.function(*map(read, piece.reads))), strict=True):
-                values[v] = x
+                if v in results or x.nbytes >= LARGE:
+                    sources[v] = _put_away(x, keep)
                 if v in results:
-                    kept[v] = keep(to_numpy(x))
+                    kept[v] = sources[v]
+                if x.nbytes < LARGE:
+                    values[v] = x
 
         for piece in self.pieces:
             run(piece)
             for v in piece.dead:
                 values.pop(v, None)
+                if v not in results:
+                    sources.pop(v, None)
         for v in results - kept.keys():
             kept[v] = keep(to_numpy(read(v)))
         return jax.tree.unflatten(
             self.structure, [keep(np.asarray(v.val)) if isinstance(v, Literal) else kept[v] for v in self.jaxpr.outvars]
         )
+
+
+def _large(v: Var | Literal) -> bool:
+    return v.aval.size * v.aval.dtype.itemsize >= LARGE
+
+
+def _put_away(x: jax.Array, keep: Keep) -> Kept:
+    return (lambda: x) if jnp.issubdtype(x.dtype, jax.dtypes.extended) else keep(to_numpy(x))
 
 
 @dataclass(frozen=True)
@@ -116,7 +142,7 @@ class Constant:
     value: Any = field(compare=False)
 
 
-def _pieces(eqns: Sequence[JaxprEqn], inputs: Sequence[Var], results: Sequence[Var]) -> list[Piece]:
+def _pieces(eqns: Sequence[JaxprEqn], inputs: Sequence[Var], results: Sequence[Var], ends: Callable[[JaxprEqn, int], bool]) -> list[Piece]:
     shown = {*inputs}
     views: dict[Var, JaxprEqn] = {}
     for eqn in eqns:
@@ -124,9 +150,11 @@ def _pieces(eqns: Sequence[JaxprEqn], inputs: Sequence[Var], results: Sequence[V
             views[eqn.outvars[0]] = eqn
             shown.add(eqn.outvars[0])
     groups: list[list[JaxprEqn]] = [[]]
-    for eqn in _needed([eqn for eqn in eqns if eqn.outvars[0] not in views], results):
+    for eqn in eqns:
+        if eqn.outvars[0] in views:
+            continue
         groups[-1].append(eqn)
-        if len(groups[-1]) >= LENGTH and (eqn.primitive.name == "dot_general" or any(v in results for v in eqn.outvars)):
+        if ends(eqn, len(groups[-1])):
             groups.append([])
     later: set[Var] = set()
     pieces = []
@@ -149,6 +177,21 @@ def _needed(eqns: Sequence[JaxprEqn], results: Sequence[Var]) -> list[JaxprEqn]:
             needed |= {v for v in eqn.invars if isinstance(v, Var)}
             found.append(eqn)
     return found[::-1]
+
+
+def _one_by_one(eqns: Sequence[JaxprEqn], results: Sequence[Var]) -> list[JaxprEqn]:
+    """The same, those of the first result first."""
+    makers = {v: eqn for eqn in eqns for v in eqn.outvars}
+    found: dict[int, JaxprEqn] = {}
+    waiting = [makers[v] for v in reversed(results) if v in makers]
+    while waiting:
+        eqn = waiting[-1]
+        before = [makers[v] for v in eqn.invars if isinstance(v, Var) and v in makers and id(makers[v]) not in found]
+        if before:
+            waiting += before[::-1]
+        else:
+            found[id(waiting.pop())] = eqn
+    return [*found.values()]
 
 
 def _viewed(eqns: Sequence[JaxprEqn], views: Mapping[Var, JaxprEqn]) -> list[JaxprEqn]:

@@ -1,6 +1,7 @@
 """What the recorders of models in JAX have in common: parameters by name, one pass, updates.
 
-A pass is traced, with layers that are scanned taken apart, and run in pieces (`flaxgpt.port.evaluate`); updates are compiled as they are.
+A pass is traced, with layers that are scanned taken apart, and run in pieces (`flaxgpt.port.evaluate`). So is an update, a parameter at
+a time, with all that is not in use in files.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -19,8 +21,8 @@ import optax
 
 from flaxgpt.errors import InputError
 from flaxgpt.optim import clip_by_global_norm
-from flaxgpt.port.evaluate import QUICK, Program, Tree
-from flaxgpt.port.kept import Keep, Kept, Lazy, in_memory, opened
+from flaxgpt.port.evaluate import Program, Tree
+from flaxgpt.port.kept import LARGE, Keep, Kept, Lazy, in_memory, opened
 from flaxgpt.port.recorder import (
     OUTPUT,
     AdamW,
@@ -28,6 +30,7 @@ from flaxgpt.port.recorder import (
     Clipped,
     Cotangent,
     Recording,
+    T,
     Take,
     Tensors,
     Trained,
@@ -100,6 +103,10 @@ class JaxRecorder(abc.ABC):
         keep: Keep = in_memory,
     ) -> Recording:
         """One forward and backward pass."""
+        return self._pass(batch, dtype, cotangent)(self._sources(batch, dtype, parameters, keep), keep)
+
+    def _pass(self, batch: Batch, dtype: str, cotangent: Cotangent | None) -> Callable[[Mapping[str, Kept], Keep], Recording]:
+        """A function of the parameters that records."""
         tapes = []
 
         def run(params: dict[str, jax.Array]) -> tuple[Any, ...]:
@@ -116,22 +123,28 @@ class JaxRecorder(abc.ABC):
 
         with precision(dtype):
             given = on_device(batch, dtype)
-            loss, gradients, outputs, inputs, backward = self._run(run, batch, dtype, parameters, keep)
+            program = self._program(run, batch, dtype)
         (tape,) = tapes
         if dtype == "float64" and (narrow := [name for name, x in tape.outputs.items() if x.dtype == jnp.float32]):
             raise InputError(
                 f"the {self.side} model computes {narrow[0]} in float32 where float64 is asked for: "
                 "give the recorder a function of the dtype that makes the model, or leave dtype out of its modules"
             )
-        # JAX gives dicts back in the order of their keys.
-        return Recording(
-            opened({name: outputs[name] for name in tape.outputs}),
-            Lazy(inputs, lambda name: tuple(kept() for kept in inputs[name])),
-            opened({name: backward[name] for name in reversed(tape.outputs) if name in backward}),
-            opened(gradients),
-            loss(),
-            tape.unusable,
-        )
+
+        def record(parameters: Mapping[str, Kept], keep: Keep) -> Recording:
+            with precision(dtype):
+                loss, gradients, outputs, inputs, backward = program(parameters, keep=keep)
+            # JAX gives dicts back in the order of their keys.
+            return Recording(
+                opened({name: outputs[name] for name in tape.outputs}),
+                Lazy(inputs, lambda name: tuple(kept() for kept in inputs[name])),
+                opened({name: backward[name] for name in reversed(tape.outputs) if name in backward}),
+                opened(gradients),
+                loss(),
+                tape.unusable,
+            )
+
+        return record
 
     def run_submodule(
         self, batch: Batch, name: str, inputs: tuple[np.ndarray, ...], dtype: str, parameters: Mapping[str, np.ndarray] | None = None
@@ -145,20 +158,22 @@ class JaxRecorder(abc.ABC):
             return tape.outputs.get(name) if name in tape.inputs else None
 
         with precision(dtype):
-            found = self._run(run, batch, dtype, parameters, in_memory)
+            found = self._program(run, batch, dtype)(self._sources(batch, dtype, parameters, in_memory), keep=in_memory)
         return None if found is None else found()
 
     def clip(self, gradients: Mapping[str, np.ndarray], settings: AdamW, dtype: str, keep: Keep = in_memory) -> Clipped:
         """The norm that the gradients had, and the gradients, clipped."""
         clip = self.clipping or clip_by_global_norm(settings.clip_norm)
 
-        @functools.partial(jax.jit, donate_argnums=0, compiler_options=QUICK)
         def run(tree: Tree) -> tuple[jax.Array, Tree]:
-            return optax.tree.norm(tree), clip.update(tree, clip.init(tree))[0]
+            with unrolled():
+                return optax.tree.norm(tree), clip.update(tree, clip.init(tree))[0]
 
         with precision(dtype):
-            norm, clipped = run({name: jnp.array(g, _at_least_float32(dtype)) for name, g in gradients.items()})
-        return to_numpy(norm), opened({name: keep(to_numpy(g)) for name, g in clipped.items()})
+            kept = _kept(gradients, dtype, keep)
+            shapes = {name: jax.ShapeDtypeStruct(g().shape, _at_least_float32(dtype)) for name, g in kept.items()}
+            norm, clipped = Program(run, shapes, apart=True)(kept, keep=keep)
+        return norm(), opened(clipped)
 
     def train(
         self,
@@ -175,47 +190,55 @@ class JaxRecorder(abc.ABC):
         tree, stacked = self.template(batch)
         tx = self.optimizer or make_optimizer(settings)
         losses = []
+
+        def start(params: Tree) -> optax.OptState:
+            with unrolled():
+                return tx.init(params)
+
+        def update(params: Tree, state: optax.OptState, gradients: Tree) -> tuple[Tree, optax.OptState]:
+            with unrolled():
+                changes, state = tx.update(gradients, state, params)
+                return optax.apply_updates(params, changes), state
+
+        def whole(kept: Mapping[str, Kept]) -> Tree:
+            return restored(kept, tree, stacked, lambda layers: lambda: np.stack([layer() for layer in layers]))
+
+        def parts(tree: Tree) -> dict[str, Kept]:
+            return named(tree, stacked, lambda kept, i: lambda: kept()[i])
+
+        record = self._pass(batch, dtype, cotangent) if gradients is None else None
         with precision(dtype):
-            given, wide = on_device(batch, dtype), _at_least_float32(dtype)
-
-            def run(params: Tree) -> jax.Array:
-                output = self._first(jax.tree.map(lambda x: x.astype(dtype), params), given, batch, dtype, None)
-                return self._loss(output, given, cotangent)
-
-            @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=QUICK)
-            def update(params: Tree, state: optax.OptState, fixed: Tree | None) -> tuple[Any, ...]:
-                loss, grads = jax.value_and_grad(run)(params) if fixed is None else (jnp.zeros(()), fixed)
-                changes, state = tx.update(grads, state, params)
-                return optax.apply_updates(params, changes), state, loss
-
-            def whole(arrays: Mapping[str, np.ndarray]) -> Tree:
-                return jax.tree.map(lambda x: jnp.array(x, wide), restored(arrays, tree, stacked))
-
-            params = whole(self.parameters(batch) if parameters is None else parameters)
-            fixed = None if gradients is None else whole(gradients)
-            state = tx.init(params)
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, _at_least_float32(dtype)), tree)
+            params = whole(self._sources(batch, dtype, parameters, keep))
+            state = Program(start, shapes, apart=True)(params, keep=keep)
+            step = Program(update, shapes, jax.eval_shape(start, shapes), shapes, apart=True)
+            fixed = None if gradients is None else _kept(gradients, dtype, keep)
             for _ in range(updates):
-                params, state, loss = update(params, state, fixed)
-                losses.append(to_numpy(loss))
-            after = named(jax.tree.map(to_numpy, params), stacked)
-            return np.array(losses), opened({name: keep(x) for name, x in after.items()})
+                if record:
+                    run = record(parts(params), keep)
+                    fixed = _asked(run.parameter_gradients)
+                    losses.append(run.loss)
+                params, state = step(params, state, whole(fixed), keep=keep)
+            return np.array(losses or [0.0] * updates), opened(parts(params))
 
-    def _run(
-        self,
-        function: Callable[[dict[str, jax.Array]], Tree],
-        batch: Batch,
-        dtype: str,
-        parameters: Mapping[str, np.ndarray] | None,
-        keep: Keep,
-    ) -> Tree:
-        """What a function of the parameters, by name, returns."""
-        shapes = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in self.shapes(batch).items()}
-        return Program(function, shapes)(_kept(self.parameters(batch) if parameters is None else parameters), keep=keep)
+    def _program(self, function: Callable[[dict[str, jax.Array]], Tree], batch: Batch, dtype: str) -> Program:
+        """To run a function of the parameters, by name."""
+        return Program(function, {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in self.shapes(batch).items()})
+
+    def _sources(self, batch: Batch, dtype: str, parameters: Mapping[str, np.ndarray] | None, keep: Keep) -> dict[str, Kept]:
+        """What to run it with."""
+        return _kept(self.parameters(batch) if parameters is None else parameters, dtype, keep)
 
     def _output(self, params: dict[str, jax.Array], given: Any, batch: Batch, dtype: str, tape: Tape) -> jax.Array:
         """Of the named parameters, everything that can be seen laid open."""
         layers: dict[int, list[jax.Array]] = {}
-        whole = restored(params, *self.template(batch), layers)
+
+        def stack(parts: list[jax.Array]) -> jax.Array:
+            whole = jnp.stack(parts)
+            layers[id(whole)] = parts
+            return whole
+
+        whole = restored(params, *self.template(batch), stack)
         with unrolled(layers):
             return self._first(whole, given, batch, dtype, tape)
 
@@ -273,8 +296,8 @@ def unrolled(layers: Mapping[int, Sequence[jax.Array]] = MappingProxyType({})) -
         yield
 
 
-def named(tree: Tree, stacked: Mapping[str, int]) -> Tensors:
-    """A tree's arrays by dotted path; those below a stacked path by the number of the layer that follows it."""
+def named(tree: Tree, stacked: Mapping[str, int], layer: Callable[[T, int], T] = operator.getitem) -> dict[str, T]:
+    """A tree's leaves by dotted path; those below a stacked path by the number of the layer that follows it."""
     arrays = {}
     for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = dotted(path)
@@ -282,25 +305,19 @@ def named(tree: Tree, stacked: Mapping[str, int]) -> Tensors:
         if prefix is None:
             arrays[name] = x
         else:
-            arrays |= {f"{prefix}.{i}{name[len(prefix) :]}": x[i] for i in range(stacked[prefix])}
+            arrays |= {f"{prefix}.{i}{name[len(prefix) :]}": layer(x, i) for i in range(stacked[prefix])}
     return arrays
 
 
-def restored(
-    arrays: Mapping[str, jax.Array], tree: Tree, stacked: Mapping[str, int], layers: dict[int, list[jax.Array]] | None = None
-) -> Tree:
-    """The inverse of `named`, of a tree of that structure; what has been stacked is written to `layers`, by the id of the stack."""
+def restored(arrays: Mapping[str, T], tree: Tree, stacked: Mapping[str, int], stack: Callable[[list[T]], T]) -> Tree:
+    """The inverse of `named`, of a tree of that structure."""
 
-    def leaf(path: Any, _: Any) -> jax.Array:
+    def leaf(path: Any, _: Any) -> T:
         name = dotted(path)
         prefix = _prefix(name, stacked)
         if prefix is None:
             return arrays[name]
-        parts = [arrays[f"{prefix}.{i}{name[len(prefix) :]}"] for i in range(stacked[prefix])]
-        stack = jnp.stack(parts)
-        if layers is not None:
-            layers[id(stack)] = parts
-        return stack
+        return stack([arrays[f"{prefix}.{i}{name[len(prefix) :]}"] for i in range(stacked[prefix])])
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
@@ -336,8 +353,14 @@ def _at_least_float32(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-def _kept(arrays: Mapping[str, np.ndarray]) -> dict[str, Kept]:
+def _asked(arrays: Mapping[str, np.ndarray]) -> dict[str, Kept]:
     return {name: functools.partial(arrays.__getitem__, name) for name in arrays}
+
+
+def _kept(arrays: Mapping[str, np.ndarray], dtype: str, keep: Keep) -> dict[str, Kept]:
+    """How to get at each; what is large is put away in the precision that it is wanted in, to be mapped and not converted again."""
+    large = (name for name in arrays if arrays[name].nbytes >= LARGE)
+    return _asked(arrays) | {name: keep(np.ascontiguousarray(arrays[name], _at_least_float32(dtype))) for name in large}
 
 
 def _loop(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -15,6 +18,10 @@ Kept: TypeAlias = Callable[[], np.ndarray]
 
 Keep: TypeAlias = Callable[[np.ndarray], Kept]
 """Puts an array away."""
+
+
+LARGE = 2**20
+"""Bytes: what is that large lies in a file whenever it can, and is mapped where it is read, so that only its pages in use are in memory."""
 
 
 class Lazy(Mapping[str, T]):
@@ -41,15 +48,15 @@ def in_memory(x: np.ndarray) -> Kept:
 
 
 def in_files(folder: Path) -> Keep:
-    """Keep arrays in files of their own in this empty folder."""
-    count = 0
+    """Keep arrays in files of their own in this empty folder, each as long as somebody can ask for it. Large ones are mapped, read-only."""
+    numbers = itertools.count()
 
     def keep(x: np.ndarray) -> Kept:
-        nonlocal count
-        path = folder / f"{count}.npy"
-        count += 1
+        path = folder / f"{next(numbers)}.npy"
         np.save(path, x, allow_pickle=False)
-        return lambda: np.load(path, allow_pickle=False)
+        kept = functools.partial(np.load, path, "r" if x.nbytes >= LARGE else None)
+        weakref.finalize(kept, path.unlink, missing_ok=True)
+        return kept
 
     return keep
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from flaxgpt.errors import InputError
-from flaxgpt.port.kept import Keep, Kept, Lazy, in_memory, opened
+from flaxgpt.port.kept import LARGE, Keep, Kept, Lazy, in_memory, opened
 from flaxgpt.port.recorder import (
     OUTPUT,
     AdamW,
@@ -21,6 +24,7 @@ from flaxgpt.port.recorder import (
     Clipped,
     Cotangent,
     Recording,
+    T,
     Take,
     Tensors,
     Trained,
@@ -93,7 +97,7 @@ class TorchRecorder:
     ) -> Recording:
         """One forward and backward pass."""
         model = self._copy(dtype, parameters)
-        outputs, gradients, own = {}, {}, {}
+        outputs, gradients = {}, {}
         inputs: dict[str, tuple[Kept, ...]] = {}
         unusable: dict[str, str] = {}
         calls: dict[str, int] = {}
@@ -115,30 +119,20 @@ class TorchRecorder:
             else:
                 watch(name, output)
 
-        def finished(name: str, parameter: nn.Parameter) -> None:
-            """Its gradient is complete, and nothing asks for the parameter any more: neither stays in memory."""
-            own[name] = keep(_shared(parameter.grad))
-            parameter.grad, parameter.data = None, parameter.new_empty(0)
-
-        for name, parameter in model.named_parameters():
-            own[name] = functools.partial(np.zeros, tuple(parameter.shape))  # where the loss does not depend on it
-            parameter.register_post_accumulate_grad_hook(functools.partial(finished, name))
-        with _precision(dtype), contextlib.ExitStack() as hooks:
-            for path, module in model.named_modules():
-                if path:
-                    hooks.callback(module.register_forward_pre_hook(functools.partial(before, path), with_kwargs=True).remove)
-                    hooks.callback(module.register_forward_hook(functools.partial(after, path)).remove)
-            given = _on_torch(batch, dtype)
-            output = self._output(model, given, batch)
-            watch(OUTPUT, output)
-            loss = self._loss(output, given, cotangent)
-        loss.backward()
+        for path, module in model.named_modules():
+            if path:
+                module.register_forward_pre_hook(functools.partial(before, path), with_kwargs=True)
+                module.register_forward_hook(functools.partial(after, path))
+        unused = {name: functools.partial(np.zeros, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+        loss, found = self._differentiated(
+            model, batch, dtype, cotangent, lambda gradient: keep(_shared(gradient)), functools.partial(watch, OUTPUT)
+        )
         return Recording(
             opened(outputs),
             Lazy(inputs, lambda name: tuple(kept() for kept in inputs[name])),
             opened({name: gradients[name] for name in reversed(outputs) if name in gradients}),
-            opened(own),
-            _numpy(loss),
+            opened(unused | found),
+            loss,
             unusable,
         )
 
@@ -178,7 +172,7 @@ class TorchRecorder:
     def clip(self, gradients: Mapping[str, np.ndarray], settings: AdamW, dtype: str, keep: Keep = in_memory) -> Clipped:
         """The norm that the gradients had, and the gradients, clipped."""
         wide = torch.float64 if dtype == "float64" else torch.float32
-        model = self._with(lambda parameter: torch.zeros((), dtype=wide).expand(parameter.shape))  # what they are does not matter
+        model = _with(self.model, lambda parameter: torch.zeros((), dtype=wide).expand(parameter.shape))  # what they are does not matter
         _set_gradients(model, gradients)
         norm = self.clipping(model) if self.clipping else nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         return np.asarray(norm), opened({name: keep(_shared(p.grad)) for name, p in model.named_parameters()})
@@ -197,18 +191,61 @@ class TorchRecorder:
         """Some updates."""
         model = self._copy(dtype, parameters)
         update = self.optimizer(model) if self.optimizer else _adamw(model, settings)
-        given, losses = _on_torch(batch, dtype), []
+        losses = []
         for step in range(updates):
             if gradients is None:
-                model.zero_grad()
-                with _precision(dtype):
-                    loss = self._loss(self._output(model, given, batch), given, cotangent)
-                loss.backward()
-                losses.append(_numpy(loss))
+                again = _with(model, torch.Tensor.detach)
+                loss, found = self._differentiated(again, batch, dtype, cotangent, lambda gradient: _away(gradient, gradient.dtype))
+                losses.append(loss)
+                for name, parameter in model.named_parameters():
+                    parameter.grad = found.get(name)
             else:
                 _set_gradients(model, gradients)
-            update(step)
+            with _StateAway():
+                update(step)
         return np.array(losses), opened({name: keep(_shared(p)) for name, p in model.named_parameters()})
+
+    def _differentiated(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        dtype: str,
+        cotangent: Cotangent | None,
+        keep: Callable[[torch.Tensor], T],
+        watch: Callable[[torch.Tensor], None] = lambda output: None,
+    ) -> tuple[np.ndarray, dict[str, T]]:
+        """The loss, and its gradient with respect to each parameter that it depends on. The model is used up."""
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        places = collections.Counter[str]()
+        found: dict[str, T] = {}
+        sums: dict[str, torch.Tensor] = {}
+
+        def finished(name: str, parameter: nn.Parameter) -> None:
+            """Its gradient is complete, and nothing asks for the parameter any more: neither stays in memory."""
+            gradient, parameter.grad, parameter.data = parameter.grad, None, parameter.new_empty(0)
+            if places[name] == 1:
+                found[name] = keep(gradient)
+            elif name in sums:
+                sums[name] += gradient
+            else:
+                sums[name] = _away(gradient, gradient.dtype)
+
+        # Where a parameter is tied, autograd would hold the gradients from all its places until it has added them up: so each place has a
+        # parameter of its own, over the same memory.
+        for module in model.modules():
+            for name, parameter in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
+                tied = names[parameter]
+                places[tied] += 1
+                if places[tied] > 1:
+                    setattr(module, name, nn.Parameter(parameter.detach()))
+                getattr(module, name).register_post_accumulate_grad_hook(functools.partial(finished, tied))
+        with _precision(dtype):
+            given = _on_torch(batch, dtype)
+            output = self._output(model, given, batch)
+            watch(output)
+            loss = self._loss(output, given, cotangent)
+        loss.backward()
+        return _numpy(loss), found | {name: keep(gradient) for name, gradient in sums.items()}
 
     def _copy(self, dtype: str, parameters: Mapping[str, np.ndarray] | None) -> nn.Module:
         """The model in float64, or (also for bfloat16, which is computed under autocast) in float32."""
@@ -217,9 +254,11 @@ class TorchRecorder:
             if dtype == "float64" and self.rebuild:
                 with _precision(dtype):
                     model = self.rebuild()
-                model.load_state_dict({name: x.to(wide) if x.is_floating_point() else x for name, x in self.model.state_dict().items()})
+                model.load_state_dict(self.model.state_dict())
+                for parameter in model.parameters():
+                    parameter.data = _away(parameter.data, wide)
             else:
-                model = self._with(lambda parameter: parameter.detach().to("cpu", wide, copy=True))
+                model = _with(self.model, lambda parameter: _away(parameter.detach(), wide))
         model = model.to("cpu", wide).eval().requires_grad_(True)
         model.zero_grad()
         if parameters is not None:
@@ -227,10 +266,6 @@ class TorchRecorder:
                 for name, parameter in model.named_parameters():
                     parameter.copy_(torch.tensor(parameters[name]))
         return model
-
-    def _with(self, make: Callable[[nn.Parameter], torch.Tensor]) -> nn.Module:
-        """A copy with other parameters, where there is never a second copy of the model's own."""
-        return copy.deepcopy(self.model, {id(parameter): nn.Parameter(make(parameter)) for parameter in self.model.parameters()})
 
     def _output(self, model: nn.Module, given: Any, batch: Batch) -> torch.Tensor:
         try:
@@ -258,6 +293,32 @@ class TorchRecorder:
 
 class _Reached(Exception):  # noqa: N818 (it is no error)
     """The submodule that was to run alone has run."""
+
+
+class _StateAway(TorchFunctionMode):
+    """Within it, what an optimizer makes to hold for a parameter, its moments, lies in a file if it is large."""
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return _away(result, result.dtype) if func is torch.zeros_like else result
+
+
+def _away(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy in that precision. A large one lies in a file, which goes with it, and only its pages in use are in memory."""
+    x = x.to("cpu", dtype, copy=True)
+    if x.nbytes < LARGE:
+        return x
+    with tempfile.NamedTemporaryFile() as file:
+        x.numpy().tofile(file)
+        file.flush()
+        return torch.from_file(file.name, shared=True, size=x.numel(), dtype=dtype).view(x.shape)
+
+
+def _with(model: nn.Module, make: Callable[[nn.Parameter], torch.Tensor]) -> nn.Module:
+    """A copy with other parameters, where there is never a second copy of the model's own."""
+    return copy.deepcopy(model, {id(parameter): nn.Parameter(make(parameter)) for parameter in model.parameters()})
 
 
 @contextlib.contextmanager
@@ -341,7 +402,7 @@ def _on_torch(batch: Any, dtype: str) -> Any:
 
 def _set_gradients(model: nn.Module, gradients: Mapping[str, np.ndarray]) -> None:
     for name, parameter in model.named_parameters():
-        parameter.grad = torch.tensor(gradients[name], dtype=parameter.dtype)
+        parameter.grad = _away(torch.tensor(gradients[name]), parameter.dtype)
 
 
 def _numpy(x: torch.Tensor) -> np.ndarray:
