@@ -219,7 +219,7 @@ class Table:
         return Link(ours_full, theirs_full, pattern if rest == "" else None)
 
 
-_SAME_LEAF = ({"weight", "kernel", "scale", "embedding", "gamma"}, {"bias", "shift", "beta"})
+SAME_LEAF = ({"weight", "kernel", "scale", "embedding", "gamma"}, {"bias", "shift", "beta"})
 
 
 def _target(value: Target) -> tuple[tuple[str, ...], str | None]:
@@ -251,7 +251,7 @@ def _leaf(name: str, port: Shapes) -> str:
     module, _, leaf = name.rpartition(".")
     if name in port:
         return name
-    group = next((group for group in _SAME_LEAF if leaf in group), ())
+    group = next((group for group in SAME_LEAF if leaf in group), ())
     found = [other for other in port if other.rpartition(".")[0] == module and other.rpartition(".")[2] in group]
     return found[0] if len(found) == 1 else name
 
