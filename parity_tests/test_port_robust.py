@@ -298,16 +298,23 @@ def test_an_input_that_no_module_made_is_laid_out_as_the_port_has_it():
 
 
 def test_a_module_that_can_not_be_given_the_reference_s_input_is_not_called_right():
+    class Scaled(nn.Dense):
+        """It takes an array that the reference's module knows nothing of."""
+
+        @nn.compact
+        def __call__(self, x, scale):
+            return super().__call__(x * scale)
+
     class Port(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(8, name="head")(nn.Dense(8, name="up")(x).reshape(4, 8)).reshape(2, 2, 8)
+            return Scaled(8, name="head")(nn.Dense(8, name="up")(x), jnp.ones(3)[:1])
 
     class Reference(Torch):
         def forward(self, x):
             return self.head(torch.relu(self.up(x)))
 
-    verdict = check(Pair(TorchRecorder(Reference(head=torch.nn.Linear(8, 8))), LinenRecorder(Port()), X.reshape(2, 2, 8)), FORWARD)
+    verdict = check(Pair(TorchRecorder(Reference(head=torch.nn.Linear(8, 8))), LinenRecorder(Port()), X), FORWARD)
     assert verdict.first["forward"] == "head"
     assert "(it can't be run with the reference's input)" in verdict.diagnosis[0], verdict.diagnosis
 
@@ -336,3 +343,76 @@ def test_a_batch_norm_is_a_suspect(eps, power, says):
     verdict = check(Pair(TorchRecorder(Reference(norm=norm)), port, X), FORWARD)
     assert verdict.first["forward"] == "norm"
     assert says in verdict.diagnosis[-1]
+
+
+class Heads(torch.nn.Module):
+    """Attention as in BERT: what is computed before a layer is in another module than the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in "qkv"})
+        self.output = torch.nn.ModuleDict({"dense": torch.nn.Linear(8, 8)})
+
+    def forward(self, x, mask):
+        q, k, v = (self.inside[name](x).unflatten(-1, (2, 4)).transpose(1, 2) for name in "qkv")
+        context = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None].bool())
+        return self.output["dense"](context.transpose(1, 2).flatten(-2))
+
+
+class HeadsInLinen(nn.Module):
+    """Flax's own attention, whose last layer takes heads and their size as two axes."""
+
+    @nn.compact
+    def __call__(self, x, mask):
+        return nn.MultiHeadDotProductAttention(2, name="attention")(x, x)
+
+
+def test_attention_of_flax_is_diagnosed_though_its_heads_are_an_axis_of_their_own():
+    class Reference(Torch):
+        def forward(self, x, mask):
+            return self.heads(x, mask)
+
+    names = {f"heads.inside.{a}": f"attention.{b}" for a, b in (("q", "query"), ("k", "key"), ("v", "value"))}
+    batch = {"x": DRAW.normal(size=(2, 5, 8)).astype(np.float32), "mask": (np.arange(5) < np.array([[3], [5]])).astype(int)}
+    reference = Reference(heads=Heads())
+    del reference.up
+    verdict = check(
+        Pair(TorchRecorder(reference), LinenRecorder(HeadsInLinen()), batch, names | {"heads.output.dense": "attention.out"}), FORWARD
+    )
+    assert verdict.diagnosis[0].startswith("heads.output.dense is right, but what goes into it differs by"), verdict.diagnosis
+    assert verdict.diagnosis[1].startswith("padding: seen in the port, not seen in the reference")
+
+
+def test_positions_that_differ_are_no_fault_of_their_embedding():
+    """They have a row for the batch on one side, and none on the other."""
+
+    class Port(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Embed(12, 8, name="positions")(jnp.arange(4) + 2) + x
+
+    class Reference(Torch):
+        def forward(self, x):
+            return self.positions(torch.arange(4)[None]) + x
+
+    reference = Reference(positions=torch.nn.Embedding(12, 8))
+    del reference.up
+    verdict = check(Pair(TorchRecorder(reference), LinenRecorder(Port()), X, {}), FORWARD)
+    assert verdict.diagnosis[0].startswith("positions is right, but what goes into it differs by"), verdict.diagnosis
+    assert "the port is the reference +2" in verdict.diagnosis[1]
+
+
+def test_a_cause_that_is_named_is_not_doubted():
+    """An eps of 1e-6 shows in float64 alone, as a constant in float32 would."""
+
+    class Port(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.LayerNorm(epsilon=1e-6, name="norm")(nn.Dense(8, name="up")(x))
+
+    class Reference(Torch):
+        def forward(self, x):
+            return self.norm(self.up(x))
+
+    verdict = check(Pair(TorchRecorder(Reference(norm=torch.nn.LayerNorm(8, eps=1e-12))), LinenRecorder(Port()), 3 * X), FORWARD)
+    assert "eps: 1e-06 in the port, 1e-12 in the reference" in verdict.diagnosis[-1], verdict.diagnosis

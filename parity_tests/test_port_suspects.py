@@ -275,6 +275,7 @@ SPOILED[1, 3:, 5] = np.nan
         (torch.tensor(A).bfloat16().double().numpy(), "every number of the port is one of bfloat16"),
         (A.astype(np.float32), "every number of the port is one of float32"),
         (A + 2e-3 * np.abs(A) * X.numpy().clip(-1, 1), "noise of .*bfloat16"),
+        (np.where(X.numpy() > -1, A / 0.8, 0), r"zero in 1\d% of all places, and elsewhere is 1\.25 times the reference: dropout\?"),
         (np.where(np.arange(T)[:, None] > 0, np.sin(3 * A), A), "the port differs, only in positions 1 to 9 .of 10.$"),
         (np.sin(3 * A), "no pattern"),
     ],

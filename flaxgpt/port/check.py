@@ -18,7 +18,7 @@ import numpy as np
 
 from flaxgpt.errors import InputError
 from flaxgpt.parity.compare import Measurement, Result, first_divergence, relative
-from flaxgpt.port.explain import explain, in_which_precision
+from flaxgpt.port.explain import explain
 from flaxgpt.port.kept import Keep, Lazy, in_files
 from flaxgpt.port.names import Link, Table, closest
 from flaxgpt.port.pair import Pair
@@ -104,7 +104,7 @@ def check(
         verdict = Verdict(tuple(results))
         if verdict.passed:
             return verdict
-        return replace(verdict, diagnosis=(*explain(climb, verdict.first), *in_which_precision(verdict.results, OWN)))
+        return replace(verdict, diagnosis=tuple(explain(climb, results, OWN)))
 
 
 @dataclass

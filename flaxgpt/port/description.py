@@ -107,6 +107,16 @@ def _local(largest_share: float) -> Look:
     return look
 
 
+def _dropped(a: np.ndarray, b: np.ndarray, limit: float) -> str | None:
+    kept = (b != 0) | (a == 0)
+    factor = _factor(a[kept], b[kept], limit) if 0 < kept.mean() < 1 else None
+    return (
+        f"the port is zero in {1 - kept.mean():.0%} of all places, and elsewhere {factor.removeprefix('the port ')}: dropout?"
+        if factor
+        else None
+    )
+
+
 def _precision(a: np.ndarray, b: np.ndarray, limit: float) -> str | None:
     for name, bits in (("bfloat16", 8), ("float16 or TF32", 11), ("float32", 24)):
         if (b == rounded(b, bits)).all() and not (a == rounded(a, bits)).all():
@@ -120,7 +130,7 @@ def _precision(a: np.ndarray, b: np.ndarray, limit: float) -> str | None:
     return None
 
 
-LOOKS = (_constant, _factor, _moved, _local(1 / 2), _along, _local(1), _precision)
+LOOKS = (_constant, _factor, _moved, _local(1 / 2), _along, _dropped, _local(1), _precision)
 
 
 def _where(off: np.ndarray) -> str:

@@ -128,14 +128,15 @@ def _enclosing(name: str, known: Mapping[str, object]) -> list[str]:
 
 
 def _before(name: str, reference: Recording, port: Recording) -> Iterator[dict[str, object]]:
-    """Places between modules: what was computed before, within the same module around."""
-    around = _enclosing(name, reference.inputs)
-    outer, names = next(iter(around), ""), list(reference.outputs)
+    """Places between modules: what was computed before, within the innermost module around in which something was."""
+    around, names = _enclosing(name, reference.inputs), list(reference.outputs)
+    before = names[: names.index(name)]
+    outer = next((outer for outer in around if any(_is_in(other, outer) for other in before)), "")
     later: dict[str, np.ndarray] = {}
     for other in sorted(names[names.index(name) + 1 :], key=lambda other: other.count(".")):
         if other not in around and other in port.outputs and _is_in(other, outer):
             _add(later, other, port.outputs[other])
-    for place in _between(outer, names[: names.index(name)], reference, port):
+    for place in _between(outer, before, reference, port):
         yield place | {"later": {other: _exact(x) for other, x in later.items()}}
 
 
@@ -176,6 +177,8 @@ def _between(outer: str, names: list[str], reference: Recording, port: Recording
         ):  # an attention's output is that of its last layer: the outer name stays
             _add(different, key, reference.outputs[key])
         outputs = {key: different[key] for key in chosen if key in different}
+        for i, x in enumerate(reference.inputs.get(outer, ())[1:], start=1):
+            _add(different, f"{outer}'s input {i}", x)
         for key in called:
             if reference.inputs.get(key):
                 _add(different, f"{key}'s input", reference.inputs[key][0])
