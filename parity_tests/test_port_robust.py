@@ -1,5 +1,7 @@
 """Checking a port: what is numerically poor, oddly shaped, or no pair of models at all is said in a line of its own."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -295,6 +297,35 @@ def test_an_input_that_no_module_made_is_laid_out_as_the_port_has_it():
     assert verdict.first["forward"] == "second"
     assert verdict.diagnosis[0].startswith("second is right, but what goes into it differs by"), verdict.diagnosis
     assert "ReLU in the port" in verdict.diagnosis[1]
+
+
+def with_channels_last(shape=(2, 3, 6, 5), then=lambda x: x):
+    """Two convolutions; what the whole returns has its channels last in the port, too."""
+
+    class Port(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (1, 1), name="first")(then(x.transpose(0, 2, 3, 1)))
+            return then(nn.Conv(4, (1, 1), name="second")(x))
+
+    return Pair(TorchRecorder(Images()), LinenRecorder(Port()), DRAW.normal(size=shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("size", [(6, 5), (4, 4)])
+def test_a_port_may_have_its_channels_last(size):
+    shape = 2, 3, *size
+    names = {"<output>": ("<output>", "b c h w -> b h w c")} if size == (4, 4) else {}
+    pair = with_channels_last(shape)
+    assert check(dataclasses.replace(pair, names=names), ("activations", "gradients")).passed
+    verdict = check(dataclasses.replace(with_channels_last(shape, nn.relu), names=names), FORWARD)
+    assert verdict.first["forward"] == "first"
+    assert verdict.diagnosis[0].startswith("first is right, but what goes into it differs by"), verdict.diagnosis
+
+
+def test_all_outputs_that_do_not_fit_are_named_at_once():
+    message = r"arrays that do not fit: first is \[2, 4, 6, 5\], and first is \[2, 5, 6, 4\]; if its axes .*; second is \[2, 4"
+    with pytest.raises(InputError, match=message):
+        check(with_channels_last(then=lambda x: x.swapaxes(1, 2)), FORWARD)
 
 
 def test_a_module_that_can_not_be_given_the_reference_s_input_is_not_called_right():

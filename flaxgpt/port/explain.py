@@ -30,7 +30,7 @@ def explain(climb: Climb, results: Sequence[Result], own: int) -> list[str]:
     """
     first = first_divergence(results)
     if first["forward"]:
-        link = next(link for link in climb.output_links() if first["forward"] in link.rows())
+        link = next(link for link in climb.output_links if first["forward"] in link.rows())
         if len(link.reference) == len(link.port) == 1:
             found = _of_output(climb, link)
             return [*found.lines] if found.cause else [*found.lines, *_in_which_precision(results, own)]
@@ -81,7 +81,7 @@ def _of_gradient(name: str, reference: np.ndarray, port: np.ndarray) -> str:
 
 def _of_output(climb: Climb, link: Link) -> Diagnosis:
     batch, port = climb.pair.batch, climb.run("port", "float64")
-    links = {link.reference[0]: link for link in climb.output_links() if len(link.reference) == len(link.port) == 1}
+    links = {link.reference[0]: link for link in climb.output_links if len(link.reference) == len(link.port) == 1}
     patterns = [*dict.fromkeys(link.pattern for link in links.values() if link.pattern)]
     shapes = {name: x.shape for name, x in climb.run("reference", "float64").outputs.items()}
 
