@@ -376,6 +376,21 @@ def test_a_batch_norm_is_a_suspect(eps, power, says):
     assert says in verdict.diagnosis[-1]
 
 
+def test_a_convolution_of_which_the_port_pads_one_end_is_a_suspect():
+    """ "SAME" of Flax is not torch's padding=1 where there is a stride."""
+
+    class Port(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(4, (3, 3), (2, 2), name="stem")(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+
+    reference = torch.nn.Sequential()
+    reference.add_module("stem", torch.nn.Conv2d(3, 4, 3, stride=2, padding=1))
+    verdict = check(Pair(TorchRecorder(reference), LinenRecorder(Port()), DRAW.normal(size=(2, 3, 8, 6)).astype(np.float32)), FORWARD)
+    assert verdict.first["forward"] == "stem"
+    assert "padding: SAME in the port, 1 on both sides in the reference" in verdict.diagnosis[-1], verdict.diagnosis
+
+
 class Heads(torch.nn.Module):
     """Attention as in BERT: what is computed before a layer is in another module than the layer."""
 
@@ -412,6 +427,25 @@ def test_attention_of_flax_is_diagnosed_though_its_heads_are_an_axis_of_their_ow
     )
     assert verdict.diagnosis[0].startswith("heads.output.dense is right, but what goes into it differs by"), verdict.diagnosis
     assert verdict.diagnosis[1].startswith("padding: seen in the port, not seen in the reference")
+
+
+def test_what_comes_before_a_last_layer_that_the_port_does_not_show_is_diagnosed():
+    """The port taps queries, keys, values and the result, and not the context."""
+
+    def attention(params, batch):
+        q, k, v = (tap(name, batch["x"] @ params[name]["weight"].T + params[name]["bias"]) for name in "qkv")
+        q, k, v = (x.reshape(2, 5, 2, 4) for x in (q, k, v))
+        weights = jax.nn.softmax(jnp.where(batch["mask"][:, None, None] == 1, jnp.einsum("btnh,bsnh->bnts", q, k), -1e30))
+        context = jnp.einsum("bnts,bsnh->btnh", weights, v).reshape(2, 5, 8)
+        return tap("out", context @ params["dense"]["weight"].T + params["dense"]["bias"])
+
+    module = {"weight": jax.ShapeDtypeStruct((8, 8), jnp.float32), "bias": jax.ShapeDtypeStruct((8,), jnp.float32)}
+    names = {"0": "out", "0.output.dense.weight": "dense.weight", "0.output.dense.bias": "dense.bias"} | {f"0.inside.{x}": x for x in "qkv"}
+    batch = {"x": DRAW.normal(size=(2, 5, 8)).astype(np.float32), "mask": (np.arange(5) < np.array([[3], [5]])).astype(int)}
+    reference = TorchRecorder(torch.nn.ModuleList([Heads()]), call=lambda model, batch: model[0](**batch))
+    verdict = check(Pair(reference, FunctionRecorder(attention, dict.fromkeys([*"qkv", "dense"], module)), batch, names), FORWARD)
+    assert verdict.first["forward"] == "0"
+    assert "scale: 1 in the port, 1/sqrt(H) in the reference" in verdict.diagnosis[-1], verdict.diagnosis
 
 
 def test_positions_that_differ_are_no_fault_of_their_embedding():

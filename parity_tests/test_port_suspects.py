@@ -68,6 +68,60 @@ def test_in_float32_a_norms_eps_is_named_as_well():
     assert cause.agreement < 3e-7
 
 
+IMAGE, KERNEL, PER_CHANNEL = draw(2, 6, 8, 7), draw(6, 6, 3, 3), draw(6, seed=1)
+
+
+def convolved(pad, kernel=KERNEL, **options):
+    return F.conv2d(F.pad(IMAGE, pad), kernel, **options)
+
+
+@pytest.mark.parametrize(
+    ("weights", "reference", "port", "expected"),
+    [
+        ({}, convolved((1, 1, 1, 1), stride=2), convolved((1, 1, 0, 1), stride=2), {"padding": ("SAME", "1 on both sides")}),
+        ({}, convolved((0, 0, 0, 0)), convolved((0, 0, 0, 0), KERNEL.mT), {"window": ("with its axes exchanged", "as given")}),
+        ({}, convolved((1, 1, 1, 1)), convolved((1, 1, 1, 1), KERNEL.flip(2, 3)), {"window": ("backwards", "as given")}),
+        (
+            {},
+            convolved((1, 1, 1, 1)),
+            convolved((1, 1, 1, 1), KERNEL.swapaxes(0, 1)),
+            {"window": ("with in and out exchanged", "as given")},
+        ),
+        ({}, convolved((1, 1, 1, 1)), convolved((2, 0, 2, 0)), {"padding": ("all before", "1 on both sides")}),
+        ({"bias": PER_CHANNEL}, convolved((1, 1, 1, 1), bias=PER_CHANNEL), convolved((1, 1, 1, 1)), {"bias": ("forgotten", "added")}),
+        (
+            {"weight": KERNEL[:, :2]},
+            convolved((1, 1, 1, 1), KERNEL[:, :2], stride=2, groups=3),
+            convolved((1, 1, 0, 1), KERNEL[:, :2], stride=2, groups=3),
+            {"padding": ("SAME", "1 on both sides")},
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_convolution_is_named(weights, reference, port, expected):
+    cause = cause_of({"x": IMAGE}, {"weight": KERNEL} | weights, reference, port)
+    assert changed(cause) == expected
+    assert cause.family == "convolution"
+
+
+@pytest.mark.parametrize(
+    ("groups", "eps", "expected"),
+    [(3, 1e-6, {"eps": ("1e-06", "1e-05")}), (2, 1e-5, {"groups": ("2", "3")}), (6, 1e-5, {"groups": ("6", "3")})],
+)
+def test_what_is_wrong_with_a_group_norm_is_named(groups, eps, expected):
+    weights = {"weight": PER_CHANNEL, "bias": draw(6, seed=2)}
+    reference, port = (F.group_norm(IMAGE, n, *weights.values(), e) for n, e in ((3, 1e-5), (groups, eps)))
+    cause = cause_of({"x": IMAGE}, weights, reference, port)
+    assert changed(cause) == expected
+    assert cause.family == "group norm"
+
+
+@pytest.mark.parametrize(
+    "other", [F.conv2d(IMAGE, KERNEL, padding=1, dilation=1) * 1.01, convolved((1, 1, 1, 1), KERNEL.roll(1, 0)), IMAGE]
+)
+def test_no_convolution_is_named_for_what_none_is(other):
+    assert cause_of({"x": IMAGE}, {"weight": KERNEL}, convolved((1, 1, 1, 1)), other) is None
+
+
 SQUARE = draw(D, D, seed=5)
 FUSED = F.linear(X, W, BIAS)
 

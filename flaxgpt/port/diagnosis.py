@@ -153,8 +153,8 @@ def _inside(name: str, reference: Recording, port: Recording, parameters: Tensor
     for other in reversed(inner[-3:]):
         yield {"sources": {other: _exact(reference.outputs[other])}}
     last, weights = inner[-1], _weights(inner[-1], parameters)
-    if not any(other in port.outputs for other in inner) and "weight" in weights and np.ndim(weights["weight"]) == 2:
-        # the port has no place inside: all but the last linear layer is looked for, which is then applied
+    if last not in port.outputs and "weight" in weights and np.ndim(weights["weight"]) == 2:
+        # the port has no place before the last linear layer: what comes before is looked for, and the layer is then applied
         w, b = weights["weight"], weights.get("bias", 0)
         shape = reference.inputs[last][0].shape
         for place in _between(name, inner[:-1], reference, port):
