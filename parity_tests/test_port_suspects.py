@@ -338,6 +338,23 @@ def test_a_difference_is_described(port, look):
     assert re.search(look, describe(A, port)), describe(A, port)
 
 
+def test_where_images_differ_is_described():
+    image = draw(2, 4, 6, 5).numpy()
+    port = image.copy()
+    port[:, 1:3, 0] = 0
+    assert describe(image, port).startswith(
+        "the port differs, only in heads or channels 1, 2 (of 4), position 0 (of 6); there the port is zero"
+    )
+    port = draw(2, 4, 6, 5, 3).numpy()
+    assert "only in axis 4 index 2 (of 3)" in describe(port, np.where(np.arange(3) == 2, np.sin(3 * port), port))
+
+
+def test_an_embedding_that_has_its_scale_beside_the_table_is_known():
+    scaled = TABLE[IDS] * math.sqrt(D)
+    cause = cause_of({"ids": IDS}, {"weight": TABLE, "embed_scale": torch.tensor(math.sqrt(D))}, scaled, TABLE[IDS])
+    assert changed(cause) == {"times": ("1", f"sqrt({D})")}
+
+
 def test_exchanged_axes_are_described():
     square = draw(2, 6, 6).numpy()
     assert "axes in the order (0, 2, 1)" in describe(square, square.swapaxes(1, 2))

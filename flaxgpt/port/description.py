@@ -12,8 +12,8 @@ from flaxgpt.port.suspects import distance, rounded
 Look = Callable[[np.ndarray, np.ndarray, float], "str | None"]
 """(reference, port, limit) -> what the difference looks like; None where it looks otherwise. What is within the limit is equal."""
 
-AXES = {1: ("index",), 2: ("row", "feature"), 3: ("row", "position", "feature"), 4: ("row", "head", "position", "key")}
-"""What the axes of an activation usually are, by their number: (B, T, D), (B, N, T, S)."""
+AXES = {1: ("index",), 2: ("row", "feature"), 3: ("row", "position", "feature"), 4: ("row", "head or channel", "position", "key or column")}
+"""What the axes of an activation usually are, by their number: (B, T, D), (B, N, T, S) or an image."""
 
 
 def describe(reference: np.ndarray, port: np.ndarray, noise: float = 1e-9) -> str:
@@ -139,13 +139,14 @@ def _where(off: np.ndarray) -> str:
     for axis, size in enumerate(off.shape):
         hit = np.flatnonzero(off.any(tuple(i for i in range(off.ndim) if i != axis)))
         if len(hit) < size:
-            parts.append(f"{_axis(off, axis)}{'s' * (len(hit) > 1)} {_listed(hit)} (of {size})")
+            name = _axis(off, axis)
+            parts.append(f"{name.replace(' or', 's or') + 's' if len(hit) > 1 else name} {_listed(hit)} (of {size})")
     return ", only in " + ", ".join(parts) if parts else ""
 
 
 def _axis(x: np.ndarray, axis: int) -> str:
     names = AXES.get(x.ndim)
-    return names[axis] if names else f"index of axis {axis % x.ndim}"
+    return names[axis] if names else f"axis {axis % x.ndim} index"
 
 
 def _listed(numbers: np.ndarray) -> str:

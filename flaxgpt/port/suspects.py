@@ -405,8 +405,8 @@ IDS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 
 
 def _embedding_options(place: Place) -> dict[str, Option] | None:
-    (ids, *more), tables = place.sources.values(), [*place.weights.values()]
-    if more or ids.dtype.kind not in "iu" or not ids.ndim or len(tables) != 1 or tables[0].ndim != 2:
+    (ids, *more), tables = place.sources.values(), _tables(place)
+    if more or ids.dtype.kind not in "iu" or not ids.ndim or len(tables) != 1:
         return None
     D = tables[0].shape[1]
     others = tuple(name for name, other in place.others.items() if other.shape == tables[0].shape)[:64]
@@ -418,10 +418,15 @@ def _embedding_options(place: Place) -> dict[str, Option] | None:
 
 
 def _embedding(place: Place, choice: Choice) -> np.ndarray | None:
-    (ids,), (table,) = place.sources.values(), place.weights.values()
+    (ids,), (table,) = place.sources.values(), _tables(place)
     table = place.others.get(choice["table"], table)
     rows = IDS[choice["ids"]](ids, len(table))
     return table[rows] * _number(choice["times"]) if 0 <= rows.min() and rows.max() < len(table) else None
+
+
+def _tables(place: Place) -> list[np.ndarray]:
+    """A module that also scales may have the factor beside its table."""
+    return [w for w in place.weights.values() if w.ndim == 2]
 
 
 # Activations
