@@ -454,17 +454,16 @@ def test_positions_that_differ_are_no_fault_of_their_embedding():
     class Port(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Embed(12, 8, name="positions")(jnp.arange(4) + 2) + x
+            return nn.Embed(12, 8, name="positions")(jnp.arange(4) + 2) + nn.Dense(8, name="up")(x)
 
     class Reference(Torch):
         def forward(self, x):
-            return self.positions(torch.arange(4)[None]) + x
+            up = self.up(x)
+            return self.positions(torch.arange(4)[None]) + up
 
-    reference = Reference(positions=torch.nn.Embedding(12, 8))
-    del reference.up
-    verdict = check(Pair(TorchRecorder(reference), LinenRecorder(Port()), X, {}), FORWARD)
+    verdict = check(Pair(TorchRecorder(Reference(positions=torch.nn.Embedding(12, 8))), LinenRecorder(Port()), X), FORWARD)
     assert verdict.diagnosis[0].startswith("positions is right, but what goes into it differs by"), verdict.diagnosis
-    assert "the port is the reference +2" in verdict.diagnosis[1]
+    assert "ids: two more in the port, as given in the reference" in verdict.diagnosis[1]
 
 
 def test_a_cause_that_is_named_is_not_doubted():

@@ -397,6 +397,7 @@ IDS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "one more": lambda ids, rows: np.minimum(ids + 1, rows - 1),
     "one more, modulo their number": lambda ids, rows: (ids + 1) % rows,
     "one more, modulo the length": lambda ids, rows: (ids + 1) % ids.shape[-1],
+    "two more": lambda ids, rows: np.minimum(ids + 2, rows - 1),
     "one less": lambda ids, rows: np.maximum(ids - 1, 0),
     "one less, modulo their number": lambda ids, rows: (ids - 1) % rows,
     "those of the position before": lambda ids, rows: np.roll(ids, 1, -1),
@@ -422,6 +423,15 @@ def _embedding(place: Place, choice: Choice) -> np.ndarray | None:
     table = place.others.get(choice["table"], table)
     rows = IDS[choice["ids"]](ids, len(table))
     return table[rows] * _number(choice["times"]) if 0 <= rows.min() and rows.max() < len(table) else None
+
+
+def _ids_options(place: Place) -> dict[str, Option] | None:
+    return {"ids": Option(("as given",), tuple(IDS)[1:])} if place.reference.dtype.kind == "i" else None
+
+
+def _ids(place: Place, choice: Choice) -> np.ndarray:
+    """What goes into an embedding, of what goes into the reference's."""
+    return IDS[choice["ids"]](place.reference, np.iinfo(np.int64).max)
 
 
 def _tables(place: Place) -> list[np.ndarray]:
@@ -637,6 +647,7 @@ FAMILIES = (
     Family("group norm", _group_norm_options, _group_norm),
     Family("convolution", _convolution_options, _convolution),
     Family("linear layer", _linear_options, _linear),
+    Family("ids", _ids_options, _ids),
     Family("embedding", _embedding_options, _embedding),
     Family("sum", _sum_options, _sum),
     Family("activation", _activation_options, _activation),
