@@ -136,3 +136,58 @@ def test_a_table_is_proposed_from_names_shapes_and_order():
     assert proposal.unmatched == ("strange [7] of the reference",)
     del reference["strange"]
     Table(proposal.names).parameters(reference, port)
+
+
+def of(name, *shapes, weight="weight"):
+    """A module's parameters: a weight, and a bias if there is a second shape."""
+    return dict(zip((f"{name}.{weight}", f"{name}.bias"), shapes, strict=False))
+
+
+def together(*modules):
+    return {name: shape for module in modules for name, shape in module.items()}
+
+
+def test_a_proposal_keeps_weight_and_bias_of_a_module_together():
+    dense, norm = ((8, 8), (8,)), ((8,), (8,))
+    modules = ("dense", dense), ("LayerNorm", norm)
+    reference = [of(f"layer.{i}.{part}.{name}", *x) for i in range(2) for part in ("attention.output", "output") for name, x in modules]
+    port = [of(f"layers.{i}.{name}", *dense, weight="kernel") for i in range(2) for name in ("attn.out", "down")]
+    port += [of(f"layers.{i}.{name}", *norm, weight="scale") for i in range(2) for name in ("n1", "n2")]
+    assert propose_names(together(*reference), together(*port)).names == {
+        "layer.{}.attention.output.dense": "layers.{}.attn.out",
+        "layer.{}.attention.output.LayerNorm": "layers.{}.n1",
+        "layer.{}.output.dense": "layers.{}.down",
+        "layer.{}.output.LayerNorm": "layers.{}.n2",
+    }
+
+
+def test_a_proposal_knows_layers_by_any_of_the_numbers_in_a_name():
+    """In a ResNet the first block of a stage may have another width than the others: only by the second number are they layers."""
+    widths = {(1, 0): 4, (1, 1): 4, (2, 0): 4, (2, 1): 8}
+    convolutions = [(stage, i, k, 4 * stage, width if k == 1 else 4 * stage) for (stage, i), width in widths.items() for k in (1, 2)]
+    reference = [of(f"layer{stage}.{i}.conv{k}", (o, c, 3, 3)) for stage, i, k, o, c in convolutions]
+    port = [of(f"stage{stage}_{i}.conv{k}", (3, 3, c, o), weight="kernel") for stage, i, k, o, c in convolutions]
+    proposal = propose_names(together(*reference), together(*port))
+    assert proposal.names == {
+        **{f"layer1.{{}}.conv{k}": f"stage1_{{}}.conv{k}" for k in (1, 2)},
+        "layer2.{}.conv2": "stage2_{}.conv2",
+        **{f"layer2.{i}.conv1": f"stage2_{i}.conv1" for i in (0, 1)},
+    }
+    assert not proposal.unmatched
+
+
+def test_a_proposal_pairs_layers_that_are_numbered_otherwise_one_by_one():
+    """Activations count in a Sequential of torch, and not in Linen."""
+    reference = together(*(of(f"net.{i}", (8, 8), (8,)) for i in range(0, 24, 2)))
+    port = together(*(of(f"Dense_{i}", (8, 8), (8,), weight="kernel") for i in sorted(range(12), key=str)))
+    assert propose_names(reference, port).names == {f"net.{2 * i}": f"Dense_{i}" for i in range(12)}
+
+
+def test_a_proposal_tells_an_encoder_from_a_decoder_whatever_comes_first():
+    layers = {"encoder.block.{}.SelfAttention": "enc_{}.attn", "decoder.block.{}.SelfAttention": "dec_{}.attn"}
+    layers |= {"encoder.block.{}.DenseReluDense": "enc_{}.ff", "decoder.block.{}.DenseReluDense": "dec_{}.ff"}
+    layers |= {"decoder.block.{}.EncDecAttention": "dec_{}.cross"}
+    reference = [of(f"{name.format(i)}.wi", (8, 8)) for name in layers for i in range(2)]
+    port = [of(f"{name.format(i)}.wi", (8, 8), weight="kernel") for name in sorted(layers.values()) for i in range(2)]
+    names = {f"{name}.wi": f"{there}.wi" for name, there in layers.items()}
+    assert propose_names(together(*reference), together(*port)).names == names

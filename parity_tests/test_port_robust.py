@@ -1,5 +1,7 @@
 """Checking a port: what is numerically poor, oddly shaped, or no pair of models at all is said in a line of its own."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -297,17 +299,53 @@ def test_an_input_that_no_module_made_is_laid_out_as_the_port_has_it():
     assert "ReLU in the port" in verdict.diagnosis[1]
 
 
-def test_a_module_that_can_not_be_given_the_reference_s_input_is_not_called_right():
+def with_channels_last(shape=(2, 3, 6, 5), then=lambda x: x):
+    """Two convolutions; what the whole returns has its channels last in the port, too."""
+
     class Port(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.Dense(8, name="head")(nn.Dense(8, name="up")(x).reshape(4, 8)).reshape(2, 2, 8)
+            x = nn.Conv(4, (1, 1), name="first")(then(x.transpose(0, 2, 3, 1)))
+            return then(nn.Conv(4, (1, 1), name="second")(x))
+
+    return Pair(TorchRecorder(Images()), LinenRecorder(Port()), DRAW.normal(size=shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("size", [(6, 5), (4, 4)])
+def test_a_port_may_have_its_channels_last(size):
+    shape = 2, 3, *size
+    names = {"<output>": ("<output>", "b c h w -> b h w c")} if size == (4, 4) else {}
+    pair = with_channels_last(shape)
+    assert check(dataclasses.replace(pair, names=names), ("activations", "gradients")).passed
+    verdict = check(dataclasses.replace(with_channels_last(shape, nn.relu), names=names), FORWARD)
+    assert verdict.first["forward"] == "first"
+    assert verdict.diagnosis[0].startswith("first is right, but what goes into it differs by"), verdict.diagnosis
+
+
+def test_all_outputs_that_do_not_fit_are_named_at_once():
+    message = r"arrays that do not fit: first is \[2, 4, 6, 5\], and first is \[2, 5, 6, 4\]; if its axes .*; second is \[2, 4"
+    with pytest.raises(InputError, match=message):
+        check(with_channels_last(then=lambda x: x.swapaxes(1, 2)), FORWARD)
+
+
+def test_a_module_that_can_not_be_given_the_reference_s_input_is_not_called_right():
+    class Scaled(nn.Dense):
+        """It takes an array that the reference's module knows nothing of."""
+
+        @nn.compact
+        def __call__(self, x, scale):
+            return super().__call__(x * scale)
+
+    class Port(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Scaled(8, name="head")(nn.Dense(8, name="up")(x), jnp.ones(3)[:1])
 
     class Reference(Torch):
         def forward(self, x):
             return self.head(torch.relu(self.up(x)))
 
-    verdict = check(Pair(TorchRecorder(Reference(head=torch.nn.Linear(8, 8))), LinenRecorder(Port()), X.reshape(2, 2, 8)), FORWARD)
+    verdict = check(Pair(TorchRecorder(Reference(head=torch.nn.Linear(8, 8))), LinenRecorder(Port()), X), FORWARD)
     assert verdict.first["forward"] == "head"
     assert "(it can't be run with the reference's input)" in verdict.diagnosis[0], verdict.diagnosis
 
@@ -336,3 +374,109 @@ def test_a_batch_norm_is_a_suspect(eps, power, says):
     verdict = check(Pair(TorchRecorder(Reference(norm=norm)), port, X), FORWARD)
     assert verdict.first["forward"] == "norm"
     assert says in verdict.diagnosis[-1]
+
+
+def test_a_convolution_of_which_the_port_pads_one_end_is_a_suspect():
+    """ "SAME" of Flax is not torch's padding=1 where there is a stride."""
+
+    class Port(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(4, (3, 3), (2, 2), name="stem")(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+
+    reference = torch.nn.Sequential()
+    reference.add_module("stem", torch.nn.Conv2d(3, 4, 3, stride=2, padding=1))
+    verdict = check(Pair(TorchRecorder(reference), LinenRecorder(Port()), DRAW.normal(size=(2, 3, 8, 6)).astype(np.float32)), FORWARD)
+    assert verdict.first["forward"] == "stem"
+    assert "padding: SAME in the port, 1 on both sides in the reference" in verdict.diagnosis[-1], verdict.diagnosis
+
+
+class Heads(torch.nn.Module):
+    """Attention as in BERT: what is computed before a layer is in another module than the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in "qkv"})
+        self.output = torch.nn.ModuleDict({"dense": torch.nn.Linear(8, 8)})
+
+    def forward(self, x, mask):
+        q, k, v = (self.inside[name](x).unflatten(-1, (2, 4)).transpose(1, 2) for name in "qkv")
+        context = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None].bool())
+        return self.output["dense"](context.transpose(1, 2).flatten(-2))
+
+
+class HeadsInLinen(nn.Module):
+    """Flax's own attention, whose last layer takes heads and their size as two axes."""
+
+    @nn.compact
+    def __call__(self, x, mask):
+        return nn.MultiHeadDotProductAttention(2, name="attention")(x, x)
+
+
+def test_attention_of_flax_is_diagnosed_though_its_heads_are_an_axis_of_their_own():
+    class Reference(Torch):
+        def forward(self, x, mask):
+            return self.heads(x, mask)
+
+    names = {f"heads.inside.{a}": f"attention.{b}" for a, b in (("q", "query"), ("k", "key"), ("v", "value"))}
+    batch = {"x": DRAW.normal(size=(2, 5, 8)).astype(np.float32), "mask": (np.arange(5) < np.array([[3], [5]])).astype(int)}
+    reference = Reference(heads=Heads())
+    del reference.up
+    verdict = check(
+        Pair(TorchRecorder(reference), LinenRecorder(HeadsInLinen()), batch, names | {"heads.output.dense": "attention.out"}), FORWARD
+    )
+    assert verdict.diagnosis[0].startswith("heads.output.dense is right, but what goes into it differs by"), verdict.diagnosis
+    assert verdict.diagnosis[1].startswith("padding: seen in the port, not seen in the reference")
+
+
+def test_what_comes_before_a_last_layer_that_the_port_does_not_show_is_diagnosed():
+    """The port taps queries, keys, values and the result, and not the context."""
+
+    def attention(params, batch):
+        q, k, v = (tap(name, batch["x"] @ params[name]["weight"].T + params[name]["bias"]) for name in "qkv")
+        q, k, v = (x.reshape(2, 5, 2, 4) for x in (q, k, v))
+        weights = jax.nn.softmax(jnp.where(batch["mask"][:, None, None] == 1, jnp.einsum("btnh,bsnh->bnts", q, k), -1e30))
+        context = jnp.einsum("bnts,bsnh->btnh", weights, v).reshape(2, 5, 8)
+        return tap("out", context @ params["dense"]["weight"].T + params["dense"]["bias"])
+
+    module = {"weight": jax.ShapeDtypeStruct((8, 8), jnp.float32), "bias": jax.ShapeDtypeStruct((8,), jnp.float32)}
+    names = {"0": "out", "0.output.dense.weight": "dense.weight", "0.output.dense.bias": "dense.bias"} | {f"0.inside.{x}": x for x in "qkv"}
+    batch = {"x": DRAW.normal(size=(2, 5, 8)).astype(np.float32), "mask": (np.arange(5) < np.array([[3], [5]])).astype(int)}
+    reference = TorchRecorder(torch.nn.ModuleList([Heads()]), call=lambda model, batch: model[0](**batch))
+    verdict = check(Pair(reference, FunctionRecorder(attention, dict.fromkeys([*"qkv", "dense"], module)), batch, names), FORWARD)
+    assert verdict.first["forward"] == "0"
+    assert "scale: 1 in the port, 1/sqrt(H) in the reference" in verdict.diagnosis[-1], verdict.diagnosis
+
+
+def test_positions_that_differ_are_no_fault_of_their_embedding():
+    """They have a row for the batch on one side, and none on the other."""
+
+    class Port(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Embed(12, 8, name="positions")(jnp.arange(4) + 2) + nn.Dense(8, name="up")(x)
+
+    class Reference(Torch):
+        def forward(self, x):
+            up = self.up(x)
+            return self.positions(torch.arange(4)[None]) + up
+
+    verdict = check(Pair(TorchRecorder(Reference(positions=torch.nn.Embedding(12, 8))), LinenRecorder(Port()), X), FORWARD)
+    assert verdict.diagnosis[0].startswith("positions is right, but what goes into it differs by"), verdict.diagnosis
+    assert "ids: two more in the port, as given in the reference" in verdict.diagnosis[1]
+
+
+def test_a_cause_that_is_named_is_not_doubted():
+    """An eps of 1e-6 shows in float64 alone, as a constant in float32 would."""
+
+    class Port(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.LayerNorm(epsilon=1e-6, name="norm")(nn.Dense(8, name="up")(x))
+
+    class Reference(Torch):
+        def forward(self, x):
+            return self.norm(self.up(x))
+
+    verdict = check(Pair(TorchRecorder(Reference(norm=torch.nn.LayerNorm(8, eps=1e-12))), LinenRecorder(Port()), 3 * X), FORWARD)
+    assert "eps: 1e-06 in the port, 1e-12 in the reference" in verdict.diagnosis[-1], verdict.diagnosis

@@ -68,6 +68,60 @@ def test_in_float32_a_norms_eps_is_named_as_well():
     assert cause.agreement < 3e-7
 
 
+IMAGE, KERNEL, PER_CHANNEL = draw(2, 6, 8, 7), draw(6, 6, 3, 3), draw(6, seed=1)
+
+
+def convolved(pad, kernel=KERNEL, **options):
+    return F.conv2d(F.pad(IMAGE, pad), kernel, **options)
+
+
+@pytest.mark.parametrize(
+    ("weights", "reference", "port", "expected"),
+    [
+        ({}, convolved((1, 1, 1, 1), stride=2), convolved((1, 1, 0, 1), stride=2), {"padding": ("SAME", "1 on both sides")}),
+        ({}, convolved((0, 0, 0, 0)), convolved((0, 0, 0, 0), KERNEL.mT), {"window": ("with its axes exchanged", "as given")}),
+        ({}, convolved((1, 1, 1, 1)), convolved((1, 1, 1, 1), KERNEL.flip(2, 3)), {"window": ("backwards", "as given")}),
+        (
+            {},
+            convolved((1, 1, 1, 1)),
+            convolved((1, 1, 1, 1), KERNEL.swapaxes(0, 1)),
+            {"window": ("with in and out exchanged", "as given")},
+        ),
+        ({}, convolved((1, 1, 1, 1)), convolved((2, 0, 2, 0)), {"padding": ("all before", "1 on both sides")}),
+        ({"bias": PER_CHANNEL}, convolved((1, 1, 1, 1), bias=PER_CHANNEL), convolved((1, 1, 1, 1)), {"bias": ("forgotten", "added")}),
+        (
+            {"weight": KERNEL[:, :2]},
+            convolved((1, 1, 1, 1), KERNEL[:, :2], stride=2, groups=3),
+            convolved((1, 1, 0, 1), KERNEL[:, :2], stride=2, groups=3),
+            {"padding": ("SAME", "1 on both sides")},
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_convolution_is_named(weights, reference, port, expected):
+    cause = cause_of({"x": IMAGE}, {"weight": KERNEL} | weights, reference, port)
+    assert changed(cause) == expected
+    assert cause.family == "convolution"
+
+
+@pytest.mark.parametrize(
+    ("groups", "eps", "expected"),
+    [(3, 1e-6, {"eps": ("1e-06", "1e-05")}), (2, 1e-5, {"groups": ("2", "3")}), (6, 1e-5, {"groups": ("6", "3")})],
+)
+def test_what_is_wrong_with_a_group_norm_is_named(groups, eps, expected):
+    weights = {"weight": PER_CHANNEL, "bias": draw(6, seed=2)}
+    reference, port = (F.group_norm(IMAGE, n, *weights.values(), e) for n, e in ((3, 1e-5), (groups, eps)))
+    cause = cause_of({"x": IMAGE}, weights, reference, port)
+    assert changed(cause) == expected
+    assert cause.family == "group norm"
+
+
+@pytest.mark.parametrize(
+    "other", [F.conv2d(IMAGE, KERNEL, padding=1, dilation=1) * 1.01, convolved((1, 1, 1, 1), KERNEL.roll(1, 0)), IMAGE]
+)
+def test_no_convolution_is_named_for_what_none_is(other):
+    assert cause_of({"x": IMAGE}, {"weight": KERNEL}, convolved((1, 1, 1, 1)), other) is None
+
+
 SQUARE = draw(D, D, seed=5)
 FUSED = F.linear(X, W, BIAS)
 
@@ -275,12 +329,30 @@ SPOILED[1, 3:, 5] = np.nan
         (torch.tensor(A).bfloat16().double().numpy(), "every number of the port is one of bfloat16"),
         (A.astype(np.float32), "every number of the port is one of float32"),
         (A + 2e-3 * np.abs(A) * X.numpy().clip(-1, 1), "noise of .*bfloat16"),
+        (np.where(X.numpy() > -1, A / 0.8, 0), r"zero in 1\d% of all places, and elsewhere is 1\.25 times the reference: dropout\?"),
         (np.where(np.arange(T)[:, None] > 0, np.sin(3 * A), A), "the port differs, only in positions 1 to 9 .of 10.$"),
         (np.sin(3 * A), "no pattern"),
     ],
 )
 def test_a_difference_is_described(port, look):
     assert re.search(look, describe(A, port)), describe(A, port)
+
+
+def test_where_images_differ_is_described():
+    image = draw(2, 4, 6, 5).numpy()
+    port = image.copy()
+    port[:, 1:3, 0] = 0
+    assert describe(image, port).startswith(
+        "the port differs, only in heads or channels 1, 2 (of 4), position 0 (of 6); there the port is zero"
+    )
+    port = draw(2, 4, 6, 5, 3).numpy()
+    assert "only in axis 4 index 2 (of 3)" in describe(port, np.where(np.arange(3) == 2, np.sin(3 * port), port))
+
+
+def test_an_embedding_that_has_its_scale_beside_the_table_is_known():
+    scaled = TABLE[IDS] * math.sqrt(D)
+    cause = cause_of({"ids": IDS}, {"weight": TABLE, "embed_scale": torch.tensor(math.sqrt(D))}, scaled, TABLE[IDS])
+    assert changed(cause) == {"times": ("1", f"sqrt({D})")}
 
 
 def test_exchanged_axes_are_described():

@@ -18,7 +18,7 @@ import numpy as np
 
 from flaxgpt.errors import InputError
 from flaxgpt.parity.compare import Measurement, Result, first_divergence, relative
-from flaxgpt.port.explain import explain, in_which_precision
+from flaxgpt.port.explain import explain
 from flaxgpt.port.kept import Keep, Lazy, in_files
 from flaxgpt.port.names import Link, Table, closest
 from flaxgpt.port.pair import Pair
@@ -104,7 +104,7 @@ def check(
         verdict = Verdict(tuple(results))
         if verdict.passed:
             return verdict
-        return replace(verdict, diagnosis=(*explain(climb, verdict.first), *in_which_precision(verdict.results, OWN)))
+        return replace(verdict, diagnosis=tuple(explain(climb, results, OWN)))
 
 
 @dataclass
@@ -253,13 +253,15 @@ class Climb:
     def cotangent(self, shape: tuple[int, ...]) -> np.ndarray:
         """What the reference's output is multiplied with, in the layout of the port's."""
         ours = self.run("reference", "float64").outputs[OUTPUT].shape
-        return self.table.whole().to_port([probe(ours)], [shape])[0]
+        return self.table.whole().of_output(ours, shape).to_port([probe(ours)], [shape])[0]
 
+    @functools.cached_property
     def output_links(self) -> list[Link]:
         """Which outputs are compared.
 
         Raises:
-            InputError: a name that is on neither side, a module in the table that returns no array, or nothing to compare.
+            InputError: a name that is on neither side, a module in the table that returns no array, nothing to compare, or shapes that do
+                not fit.
         """
         ours, theirs = self.run("reference", "float64"), self.run("port", "float64")
         for side, run in (("reference", ours), ("port", theirs)):
@@ -269,7 +271,22 @@ class Climb:
         if all(link.reference == (OUTPUT,) for link in links) and len(ours.outputs) > 1:
             some = ", ".join([*ours.outputs][:3]), ", ".join([*theirs.outputs][:3])
             raise InputError(f"the table pairs no module of the reference ({some[0]}, ...) with one of the port ({some[1]}, ...)")
-        return links
+        laid_out, faults = [], []
+        for link in links:
+            arrays, there = ([run.outputs[name] for name in names] for run, names in ((ours, link.reference), (theirs, link.port)))
+            shapes = [x.shape for x in there]
+            laid_out.append(link)
+            if len(arrays) == len(there) == 1:
+                square = link.reference != (OUTPUT,) and _nearer_with_channels_last(arrays[0], there[0])
+                laid_out[-1] = link.of_output(arrays[0].shape, shapes[0], square)
+            try:
+                laid_out[-1].to_port([np.empty(x.shape, np.bool_) for x in arrays], shapes)
+            except InputError as error:
+                faults.append(str(error))
+        if faults:
+            more = f"; and {len(faults) - 4} more" if len(faults) > 4 else ""
+            raise InputError(f"modules return arrays that do not fit: {'; '.join(faults[:4])}{more}")
+        return laid_out
 
     def _check_taken(self, side: str, run: Recording) -> None:
         for name, what in run.unusable.items():
@@ -285,7 +302,7 @@ class Climb:
     def output_rows(self, part: str) -> list[Row]:
         """A row for each output, of that part of a run: "outputs" or "output_gradients"."""
         recorded = getattr(self.run("reference", "float64"), part)
-        links = [link for link in self.output_links() if all(name in recorded for name in link.reference)]
+        links = [link for link in self.output_links if all(name in recorded for name in link.reference)]
         return [self._output_row(part, link, i) for link in links for i in range(len(link.port))]
 
     def gradient_rows(self) -> list[Row]:
@@ -380,6 +397,12 @@ class Climb:
     def _by_hand(self, given: Mapping[str, float], name: str, derived: float) -> float:
         self.bounded.add(name)
         return next((bound for pattern, bound in given.items() if fnmatch.fnmatchcase(name, pattern)), derived)
+
+
+def _nearer_with_channels_last(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether y is so laid out, of two arrays whose shapes don't tell."""
+    shape = x.shape[1:2] * (x.ndim - 1)
+    return x.ndim > 2 and x.shape[1:] == y.shape[1:] == shape and _norm(np.moveaxis(x, 1, -1), y) < _norm(x, y)
 
 
 def _rms(x: np.ndarray) -> float:

@@ -12,8 +12,8 @@ from flaxgpt.port.suspects import distance, rounded
 Look = Callable[[np.ndarray, np.ndarray, float], "str | None"]
 """(reference, port, limit) -> what the difference looks like; None where it looks otherwise. What is within the limit is equal."""
 
-AXES = {1: ("index",), 2: ("row", "feature"), 3: ("row", "position", "feature"), 4: ("row", "head", "position", "key")}
-"""What the axes of an activation usually are, by their number: (B, T, D), (B, N, T, S)."""
+AXES = {1: ("index",), 2: ("row", "feature"), 3: ("row", "position", "feature"), 4: ("row", "head or channel", "position", "key or column")}
+"""What the axes of an activation usually are, by their number: (B, T, D), (B, N, T, S) or an image."""
 
 
 def describe(reference: np.ndarray, port: np.ndarray, noise: float = 1e-9) -> str:
@@ -107,6 +107,16 @@ def _local(largest_share: float) -> Look:
     return look
 
 
+def _dropped(a: np.ndarray, b: np.ndarray, limit: float) -> str | None:
+    kept = (b != 0) | (a == 0)
+    factor = _factor(a[kept], b[kept], limit) if 0 < kept.mean() < 1 else None
+    return (
+        f"the port is zero in {1 - kept.mean():.0%} of all places, and elsewhere {factor.removeprefix('the port ')}: dropout?"
+        if factor
+        else None
+    )
+
+
 def _precision(a: np.ndarray, b: np.ndarray, limit: float) -> str | None:
     for name, bits in (("bfloat16", 8), ("float16 or TF32", 11), ("float32", 24)):
         if (b == rounded(b, bits)).all() and not (a == rounded(a, bits)).all():
@@ -120,7 +130,7 @@ def _precision(a: np.ndarray, b: np.ndarray, limit: float) -> str | None:
     return None
 
 
-LOOKS = (_constant, _factor, _moved, _local(1 / 2), _along, _local(1), _precision)
+LOOKS = (_constant, _factor, _moved, _local(1 / 2), _along, _dropped, _local(1), _precision)
 
 
 def _where(off: np.ndarray) -> str:
@@ -129,13 +139,14 @@ def _where(off: np.ndarray) -> str:
     for axis, size in enumerate(off.shape):
         hit = np.flatnonzero(off.any(tuple(i for i in range(off.ndim) if i != axis)))
         if len(hit) < size:
-            parts.append(f"{_axis(off, axis)}{'s' * (len(hit) > 1)} {_listed(hit)} (of {size})")
+            name = _axis(off, axis)
+            parts.append(f"{name.replace(' or', 's or') + 's' if len(hit) > 1 else name} {_listed(hit)} (of {size})")
     return ", only in " + ", ".join(parts) if parts else ""
 
 
 def _axis(x: np.ndarray, axis: int) -> str:
     names = AXES.get(x.ndim)
-    return names[axis] if names else f"index of axis {axis % x.ndim}"
+    return names[axis] if names else f"axis {axis % x.ndim} index"
 
 
 def _listed(numbers: np.ndarray) -> str:

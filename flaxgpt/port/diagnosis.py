@@ -128,14 +128,15 @@ def _enclosing(name: str, known: Mapping[str, object]) -> list[str]:
 
 
 def _before(name: str, reference: Recording, port: Recording) -> Iterator[dict[str, object]]:
-    """Places between modules: what was computed before, within the same module around."""
-    around = _enclosing(name, reference.inputs)
-    outer, names = next(iter(around), ""), list(reference.outputs)
+    """Places between modules: what was computed before, within the innermost module around in which something was."""
+    around, names = _enclosing(name, reference.inputs), list(reference.outputs)
+    before = names[: names.index(name)]
+    outer = next((outer for outer in around if any(_is_in(other, outer) for other in before)), "")
     later: dict[str, np.ndarray] = {}
     for other in sorted(names[names.index(name) + 1 :], key=lambda other: other.count(".")):
         if other not in around and other in port.outputs and _is_in(other, outer):
             _add(later, other, port.outputs[other])
-    for place in _between(outer, names[: names.index(name)], reference, port):
+    for place in _between(outer, before, reference, port):
         yield place | {"later": {other: _exact(x) for other, x in later.items()}}
 
 
@@ -152,8 +153,8 @@ def _inside(name: str, reference: Recording, port: Recording, parameters: Tensor
     for other in reversed(inner[-3:]):
         yield {"sources": {other: _exact(reference.outputs[other])}}
     last, weights = inner[-1], _weights(inner[-1], parameters)
-    if not any(other in port.outputs for other in inner) and "weight" in weights and np.ndim(weights["weight"]) == 2:
-        # the port has no place inside: all but the last linear layer is looked for, which is then applied
+    if last not in port.outputs and "weight" in weights and np.ndim(weights["weight"]) == 2:
+        # the port has no place before the last linear layer: what comes before is looked for, and the layer is then applied
         w, b = weights["weight"], weights.get("bias", 0)
         shape = reference.inputs[last][0].shape
         for place in _between(name, inner[:-1], reference, port):
@@ -176,6 +177,8 @@ def _between(outer: str, names: list[str], reference: Recording, port: Recording
         ):  # an attention's output is that of its last layer: the outer name stays
             _add(different, key, reference.outputs[key])
         outputs = {key: different[key] for key in chosen if key in different}
+        for i, x in enumerate(reference.inputs.get(outer, ())[1:], start=1):
+            _add(different, f"{outer}'s input {i}", x)
         for key in called:
             if reference.inputs.get(key):
                 _add(different, f"{key}'s input", reference.inputs[key][0])

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from flaxgpt.errors import InputError
-from flaxgpt.parity.compare import Result
-from flaxgpt.port.arrange import arranged, undone
+from flaxgpt.parity.compare import Result, first_divergence
+from flaxgpt.port.arrange import arranged, regrouped, undone
 from flaxgpt.port.description import describe
-from flaxgpt.port.diagnosis import diagnose
+from flaxgpt.port.diagnosis import Diagnosis, diagnose
 from flaxgpt.port.names import Link
 from flaxgpt.port.recorder import Recording
 from flaxgpt.port.suspects import distance
@@ -20,12 +20,25 @@ if TYPE_CHECKING:
     from flaxgpt.port.check import Climb
 
 
-def explain(climb: Climb, first: Mapping[str, str | None]) -> list[str]:
-    """Lines on the first output that parts, or, where all outputs agree, on the first gradient."""
+def explain(climb: Climb, results: Sequence[Result], own: int) -> list[str]:
+    """Lines on the first output that parts, or, where all outputs agree, on the first gradient.
+
+    Args:
+        climb: what was recorded.
+        results: of all rungs.
+        own: how many times the reference's error the port's may be.
+    """
+    first = first_divergence(results)
     if first["forward"]:
-        link = next(link for link in climb.output_links() if first["forward"] in link.rows())
+        link = next(link for link in climb.output_links if first["forward"] in link.rows())
         if len(link.reference) == len(link.port) == 1:
-            return _of_output(climb, link)
+            found = _of_output(climb, link)
+            return [*found.lines] if found.cause else [*found.lines, *_in_which_precision(results, own)]
+    return [*_described(climb, first), *_in_which_precision(results, own)]
+
+
+def _described(climb: Climb, first: Mapping[str, str | None]) -> list[str]:
+    if first["forward"]:
         row = next(row for row in climb.output_rows("outputs") if row.name == first["forward"])
         return [describe(row.of("reference", "float64"), row.of("port", "float64"))]
     if first["backward"] == "loss":
@@ -36,13 +49,8 @@ def explain(climb: Climb, first: Mapping[str, str | None]) -> list[str]:
     return [_of_gradient(row.name, row.of("reference", "float64"), row.of("port", "float64")) for row in rows]
 
 
-def in_which_precision(results: Sequence[Result], own: int) -> list[str]:
-    """A line on the first tensor that parts, where it does so in one precision only.
-
-    Args:
-        results: of all rungs.
-        own: how many times the reference's error the port's may be.
-    """
+def _in_which_precision(results: Sequence[Result], own: int) -> list[str]:
+    """A line on the first tensor that parts, where it does so in one precision only."""
     row = next(row for result in results for row in result.failures)
     ours, theirs, exact = row.error_flaxgpt, row.error_reference, row.exact
     if ours is None or theirs is None or row.difference is None or exact is None:
@@ -71,9 +79,9 @@ def _of_gradient(name: str, reference: np.ndarray, port: np.ndarray) -> str:
     return f"{name}: {look}"
 
 
-def _of_output(climb: Climb, link: Link) -> list[str]:
+def _of_output(climb: Climb, link: Link) -> Diagnosis:
     batch, port = climb.pair.batch, climb.run("port", "float64")
-    links = {link.reference[0]: link for link in climb.output_links() if len(link.reference) == len(link.port) == 1}
+    links = {link.reference[0]: link for link in climb.output_links if len(link.reference) == len(link.port) == 1}
     patterns = [*dict.fromkeys(link.pattern for link in links.values() if link.pattern)]
     shapes = {name: x.shape for name, x in climb.run("reference", "float64").outputs.items()}
 
@@ -92,16 +100,16 @@ def _of_output(climb: Climb, link: Link) -> list[str]:
     inputs = {name: _as_the_reference_has_them(ours.inputs[name], port.inputs[there], patterns) for name, there in called.items()}
     theirs = Recording(outputs, inputs, {}, {}, port.loss)
     parameters = climb.pair.reference.parameters(batch) | climb.pair.reference.buffers()
-    return diagnose(link.reference[0], reference, theirs, parameters=parameters, batch=batch, run=run).lines
+    return diagnose(link.reference[0], reference, theirs, parameters=parameters, batch=batch, run=run)
 
 
 Arrays: TypeAlias = "tuple[np.ndarray, ...]"
 
 
 def _as_the_port_takes_them(given: Arrays, wanted: Arrays, patterns: Sequence[str]) -> Arrays | None:
-    """The reference's inputs in the order and the layouts of the port's; None where one with a fraction has no counterpart."""
+    """The reference's inputs in the order and the layouts of the port's; None where one with a fraction, or all, have no counterpart."""
     pairs = _paired(given, wanted, patterns)
-    if any(k not in pairs and x.ndim and x.dtype.kind in "fc" for k, x in enumerate(wanted)):
+    if not pairs or any(k not in pairs and x.ndim and x.dtype.kind in "fc" for k, x in enumerate(wanted)):
         return None
     return tuple(_laid_out(given[pairs[k][0]], pairs[k][1], x.shape) if k in pairs else x for k, x in enumerate(wanted))
 
@@ -130,7 +138,9 @@ def _paired(given: Arrays, wanted: Arrays, patterns: Sequence[str]) -> dict[int,
 
 
 def _laid_out(x: np.ndarray, pattern: str | None, shape: tuple[int, ...]) -> np.ndarray:
-    return x if pattern is None else arranged(x, pattern, shape)
+    if pattern is not None:
+        return arranged(x, pattern, shape)
+    return x.reshape(shape) if regrouped(x.shape, shape) else x  # heads and their size may be one axis or two
 
 
 def _fits(x: np.ndarray, pattern: str | None, shape: tuple[int, ...]) -> bool:

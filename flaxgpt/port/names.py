@@ -10,8 +10,9 @@
 
 What is not in the table has the same name on both sides, and what is below a module that is, the same name below it. A "weight" may
 also be a "kernel", "scale" or "embedding" there. A kernel is the weight with its axes in JAX's order, (in, out); axes that are merged on
-one side and not on the other are reshaped. Everything else is said by a pattern (`flaxgpt.port.arrange`); with several names on a side,
-they follow one another on the last axis in the port's layout, or, where there is a pattern, on the first axis of what it makes.
+one side and not on the other are reshaped; what a module returns may have its channels last there, if the shapes show that. Everything
+else is said by a pattern (`flaxgpt.port.arrange`); with several names on a side, they follow one another on the last axis in the port's
+layout, or, where there is a pattern, on the first axis of what it makes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -49,6 +50,20 @@ class Link:
     def name(self) -> str:
         """What to call it in a table: the reference's name."""
         return " + ".join(self.reference)
+
+    def of_output(self, shape: tuple[int, ...], there: tuple[int, ...], square: bool = False) -> Link:
+        """The link of a module's output of these shapes: with channels last in the port, if its shape is that and no pattern is given.
+
+        Args:
+            shape: in the reference.
+            there: in the port.
+            square: whether they are last even where that is no other shape.
+        """
+        last = (*shape[:1], *shape[2:], *shape[1:2])
+        if self.pattern is not None or len(shape) < 3 or last != tuple(there) or (tuple(shape) == last and not square):
+            return self
+        first, channels, *window = "abcdefgh"[: len(shape)]
+        return replace(self, pattern=f"{' '.join((first, channels, *window))} -> {' '.join((first, *window, channels))}")
 
     def rows(self) -> list[str]:
         """A name for each array of the port."""
@@ -219,7 +234,7 @@ class Table:
         return Link(ours_full, theirs_full, pattern if rest == "" else None)
 
 
-_SAME_LEAF = ({"weight", "kernel", "scale", "embedding", "gamma"}, {"bias", "shift", "beta"})
+SAME_LEAF = ({"weight", "kernel", "scale", "embedding", "gamma"}, {"bias", "shift", "beta"})
 
 
 def _target(value: Target) -> tuple[tuple[str, ...], str | None]:
@@ -251,7 +266,7 @@ def _leaf(name: str, port: Shapes) -> str:
     module, _, leaf = name.rpartition(".")
     if name in port:
         return name
-    group = next((group for group in _SAME_LEAF if leaf in group), ())
+    group = next((group for group in SAME_LEAF if leaf in group), ())
     found = [other for other in port if other.rpartition(".")[0] == module and other.rpartition(".")[2] in group]
     return found[0] if len(found) == 1 else name
 

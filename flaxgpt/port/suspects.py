@@ -3,9 +3,9 @@
     cause = find_cause(Place({"norm1.input": x_BTD}, {"weight": w_D}, reference=y_BTD, port=z_BTD))
     cause.changes                                # (Change("eps", "1e-06", "1e-05"),)
 
-A family (norm, linear layer, embedding, activation, attention, sum) is a function of a choice of options. Nobody says which family a
-piece belongs to: it is the one that, with some choice, computes what the reference has computed. Then the choice nearest to that one is
-looked for which computes what the port has. So a cause is named only if it has been seen to explain both sides.
+A family (norm, convolution, linear layer, embedding, activation, attention, sum) is a function of a choice of options. Nobody says which
+family a piece belongs to: it is the one that, with some choice, computes what the reference has computed. Then the choice nearest to that
+one is looked for which computes what the port has. So a cause is named only if it has been seen to explain both sides.
 
 B batch, T query position, S key position, D width, N heads, K heads of keys and values, H head size.
 """
@@ -231,6 +231,84 @@ def _batch_norm(place: Place, choice: Choice) -> np.ndarray:
     return y + w["bias"].reshape(-1, *ones) if choice["bias"] == "added" else y
 
 
+# Group norms, of channels that come after the batch
+
+
+def _group_norm_options(place: Place) -> dict[str, Option] | None:
+    (x, *more), w = place.sources.values(), place.weights
+    if more or x.shape != place.shape or x.ndim < 3 or not 0 < len(w) < 3 or any(v.shape != x.shape[1:2] for v in w.values()):
+        return None
+    scale, shift = _scale_and_shift(w)
+    return {
+        "groups": Option(tuple(map(str, _divisors(x.shape[1])))),
+        "eps": Option(EPSILONS),
+        "variance": Option(("biased",), ("unbiased",)),
+        "weight": Option(("none",)) if scale is None else Option(("times weight",), ("forgotten",)),
+        "bias": Option(("none",)) if shift is None else Option(("added",), ("forgotten",)),
+    }
+
+
+def _group_norm(place: Place, choice: Choice) -> np.ndarray:
+    (x,), (scale, shift) = place.sources.values(), _scale_and_shift(place.weights)
+    groups, ones = x.reshape(len(x), int(choice["groups"]), -1), [1] * (x.ndim - 2)
+    centred = groups - groups.mean(-1, keepdims=True)
+    variance = groups.var(-1, keepdims=True, ddof=choice["variance"] == "unbiased")
+    y = (centred / np.sqrt(variance + float(choice["eps"]))).reshape(x.shape)
+    y = y * scale.reshape(-1, *ones) if choice["weight"] == "times weight" else y
+    return y + shift.reshape(-1, *ones) if choice["bias"] == "added" else y
+
+
+# Convolutions, as torch has them: (B, in, *sizes), by a weight (out, in of the group, *window)
+
+WINDOWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "as given": lambda w: w,
+    "backwards": lambda w: np.flip(w, range(2, w.ndim)),
+    "with its axes exchanged": lambda w: w.transpose(0, 1, *range(w.ndim - 1, 1, -1)),
+    "with in and out exchanged": lambda w: w.swapaxes(0, 1),
+}
+
+
+def _convolution_options(place: Place) -> dict[str, Option] | None:
+    (x, *more), (w, b) = place.sources.values(), _scale_and_shift(place.weights)
+    if more or w is None or not 2 < w.ndim == x.ndim == len(place.shape) or x.shape[1] % w.shape[1] or len(w) != place.shape[1]:
+        return None
+    if x.size * math.prod(w.shape[2:]) > 2**24:
+        return None
+    return {
+        "padding": Option(tuple(f"{p} on both sides" for p in range(max(w.shape[2:]))), ("SAME", "all before", "all behind")),
+        "stride": Option(tuple(str(stride) for stride in range(1, 1 + max(4, *w.shape[2:])))),
+        "window": Option(("as given",), tuple(WINDOWS)[1:]),
+        "bias": Option(("none",)) if b is None else Option(("added",), ("forgotten",)),
+    }
+
+
+def _convolution(place: Place, choice: Choice) -> np.ndarray | None:
+    (x,), (w, b) = place.sources.values(), _scale_and_shift(place.weights)
+    w_OIk, stride, shape = WINDOWS[choice["window"]](w), int(choice["stride"]), place.shape[2:]
+    ends = [_ends(choice["padding"], *sizes, stride) for sizes in zip(x.shape[2:], w.shape[2:], shape, strict=True)]
+    if w_OIk.shape != w.shape or any(
+        (n + sum(end) - k) // stride + 1 != m for n, end, k, m in zip(x.shape[2:], ends, w.shape[2:], shape, strict=True)
+    ):
+        return None
+    x, axes = np.pad(x, [(0, 0), (0, 0), *ends]), tuple(range(2, x.ndim))
+    windows = np.lib.stride_tricks.sliding_window_view(x, w.shape[2:], axes)[
+        (..., *[slice(None, None, stride)] * len(axes), *[slice(None)] * len(axes))
+    ]
+    groups = zip(np.split(windows, x.shape[1] // w.shape[1], 1), np.split(w_OIk, x.shape[1] // w.shape[1]), strict=True)
+    inner = (1, *range(x.ndim, 2 * x.ndim - 2)), (1, *axes)
+    y = np.concatenate([np.moveaxis(np.tensordot(part, kernel, inner), -1, 1) for part, kernel in groups], 1)
+    return y + b.reshape(-1, *[1] * len(axes)) if choice["bias"] == "added" else y
+
+
+def _ends(padding: str, size: int, window: int, result: int, stride: int) -> tuple[int, int]:
+    """How much is put before and behind an axis."""
+    if padding.endswith(" on both sides"):
+        return (int(padding.split()[0]),) * 2
+    total = max(0, (result - 1) * stride + window - size)
+    before = {"SAME": total // 2, "all before": total, "all behind": 0}[padding]
+    return before, total - before
+
+
 # Linear layers
 
 PRECISIONS = {"bfloat16": 8, "TF32 or float16": 11}
@@ -319,6 +397,7 @@ IDS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "one more": lambda ids, rows: np.minimum(ids + 1, rows - 1),
     "one more, modulo their number": lambda ids, rows: (ids + 1) % rows,
     "one more, modulo the length": lambda ids, rows: (ids + 1) % ids.shape[-1],
+    "two more": lambda ids, rows: np.minimum(ids + 2, rows - 1),
     "one less": lambda ids, rows: np.maximum(ids - 1, 0),
     "one less, modulo their number": lambda ids, rows: (ids - 1) % rows,
     "those of the position before": lambda ids, rows: np.roll(ids, 1, -1),
@@ -327,8 +406,8 @@ IDS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
 
 
 def _embedding_options(place: Place) -> dict[str, Option] | None:
-    (ids, *more), tables = place.sources.values(), [*place.weights.values()]
-    if more or ids.dtype.kind not in "iu" or not ids.ndim or len(tables) != 1 or tables[0].ndim != 2:
+    (ids, *more), tables = place.sources.values(), _tables(place)
+    if more or ids.dtype.kind not in "iu" or not ids.ndim or len(tables) != 1:
         return None
     D = tables[0].shape[1]
     others = tuple(name for name, other in place.others.items() if other.shape == tables[0].shape)[:64]
@@ -340,10 +419,24 @@ def _embedding_options(place: Place) -> dict[str, Option] | None:
 
 
 def _embedding(place: Place, choice: Choice) -> np.ndarray | None:
-    (ids,), (table,) = place.sources.values(), place.weights.values()
+    (ids,), (table,) = place.sources.values(), _tables(place)
     table = place.others.get(choice["table"], table)
     rows = IDS[choice["ids"]](ids, len(table))
     return table[rows] * _number(choice["times"]) if 0 <= rows.min() and rows.max() < len(table) else None
+
+
+def _ids_options(place: Place) -> dict[str, Option] | None:
+    return {"ids": Option(("as given",), tuple(IDS)[1:])} if place.reference.dtype.kind == "i" else None
+
+
+def _ids(place: Place, choice: Choice) -> np.ndarray:
+    """What goes into an embedding, of what goes into the reference's."""
+    return IDS[choice["ids"]](place.reference, np.iinfo(np.int64).max)
+
+
+def _tables(place: Place) -> list[np.ndarray]:
+    """A module that also scales may have the factor beside its table."""
+    return [w for w in place.weights.values() if w.ndim == 2]
 
 
 # Activations
@@ -551,7 +644,10 @@ def _sum(place: Place, choice: Choice) -> np.ndarray:
 FAMILIES = (
     Family("norm", _norm_options, _norm),
     Family("batch norm", _batch_norm_options, _batch_norm),
+    Family("group norm", _group_norm_options, _group_norm),
+    Family("convolution", _convolution_options, _convolution),
     Family("linear layer", _linear_options, _linear),
+    Family("ids", _ids_options, _ids),
     Family("embedding", _embedding_options, _embedding),
     Family("sum", _sum_options, _sum),
     Family("activation", _activation_options, _activation),
