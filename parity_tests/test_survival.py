@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import train_jax
-from conftest import FLAGS, SCRIPTS, SMALLEST, TEXT, assert_equal_bits, refused, run_to_the_end
+from conftest import CONFIG, FLAGS, ONE_LAYER, SCRIPTS, SMALLEST, TEXT, assert_equal_bits, refused, run_to_the_end, trained
 from test_train import without_times
 
 import flaxgpt.step
@@ -37,14 +37,19 @@ def test_a_run_without_a_checkpoint_is_resumed_from_its_start(config, whole, run
     assert "no checkpoint yet, so the run begins again" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def often(tmp_path_factory):
+    """A run that is evaluated after each fourth update."""
+    return trained(tmp_path_factory.mktemp("often"), CONFIG.replace(model=ONE_LAYER, data="text.txt", eval_every=4))
+
+
 @pytest.mark.parametrize(
     ("ends", "number", "step", "every"),
     [("a kill", 2, 4, 1), ("a kill", 4, 11, 1), ("a signal", 2, 4, 1), ("a signal", 2, 4, 9)],
     ids=["killed in between", "killed at the end", "stopped after a save", "stopped without one"],
 )
-def test_an_evaluation_that_was_prevented_is_made_up_for(config, tmp_path, monkeypatch, ends, number, step, every):
-    config = config.replace(eval_every=4, checkpoint_every=every)
-    whole = run_to_the_end(config, tmp_path / "whole")
+def test_an_evaluation_that_was_prevented_is_made_up_for(often, config, tmp_path, monkeypatch, ends, number, step, every):
+    config = config.replace(model=ONE_LAYER, eval_every=4, checkpoint_every=every)
     evaluate, calls = flaxgpt.train.evaluate, itertools.count(1)
 
     def ended(*args):
@@ -59,9 +64,9 @@ def test_an_evaluation_that_was_prevented_is_made_up_for(config, tmp_path, monke
         run_to_the_end(config, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / str(step + 1)).is_dir(), "what is tested is a checkpoint without its evaluation"
     assert not RunLog(tmp_path / "run").evaluated(step)
-    assert_equal_bits(run_to_the_end(config, tmp_path / "run", resume=True), whole)
-    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
-    assert (tmp_path / "run" / "samples.txt").read_text() == (tmp_path / "whole" / "samples.txt").read_text()
+    assert_equal_bits(run_to_the_end(config, tmp_path / "run", resume=True), often.state)
+    assert without_times(tmp_path / "run") == without_times(often.folder)
+    assert (tmp_path / "run" / "samples.txt").read_text() == (often.folder / "samples.txt").read_text()
     with pytest.raises(InputError, match="has made its 12 updates"):
         run_to_the_end(config, tmp_path / "run", resume=True)
 

@@ -396,8 +396,9 @@ def test_a_run_that_is_stopped_has_a_page_of_all_that_it_did(config, tmp_path, m
     evaluate = flaxgpt.train.evaluate
 
     def interrupted(*args):
+        losses = evaluate(*args)
         signal.raise_signal(signal.SIGINT)
-        return evaluate(*args)
+        return losses
 
     monkeypatch.setattr(flaxgpt.train, "evaluate", interrupted)
     run_to_the_end(config.replace(log_every=1), tmp_path / "run")
