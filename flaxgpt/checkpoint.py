@@ -31,6 +31,10 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports its every 
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and a read that fails both raises and logs a traceback here
 
 
+ASYNC = ocp.AsyncOptions(create_directories_asynchronously=False)
+"""Folders are made before the threads that write into them, which wait 5 minutes for one that can't be made, and the process for them."""
+
+
 class LoadedRun(NamedTuple):
     """A trained run.
 
@@ -140,15 +144,12 @@ class Checkpoints:
             OSError: what was saved before could not be written.
         """
         self.wait()
-        step = int(state.step)
-        scratch = self._folder / f"{step}{WRITING}"
         if is_first():
             self._folder.mkdir(parents=True, exist_ok=True)
             for leftover in unfinished(self._folder):
                 remove(leftover)
-            # What forbids this fails here: threads of Orbax's would wait 5 minutes for the folder, and the process for them.
-            scratch.mkdir()
-            scratch.rmdir()
+        step = int(state.step)
+        scratch = self._folder / f"{step}{WRITING}"
         rest = (state.step, state.opt_state, state.key)
         items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(rest)}
         with _raised_and_no_more():
@@ -201,7 +202,7 @@ class Checkpoints:
     @functools.cached_property
     def _orbax(self) -> ocp.AsyncCheckpointer:
         """Made at its first use, as is the thread: a folder that is only read needs neither."""
-        return ocp.AsyncCheckpointer(_handler())
+        return ocp.AsyncCheckpointer(_handler(), async_options=ASYNC)
 
     @functools.cached_property
     def _thread(self) -> ThreadPoolExecutor:
@@ -297,7 +298,8 @@ def _verified(path: Path) -> tuple[bool, str | None]:
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:
-    return ocp.CompositeCheckpointHandler(params=ocp.StandardCheckpointHandler(), rest=ocp.StandardCheckpointHandler())
+    standard, options = ocp.StandardCheckpointHandler, ocp.CompositeOptions(async_options=ASYNC)
+    return ocp.CompositeCheckpointHandler(composite_options=options, params=standard(), rest=standard())
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
