@@ -109,10 +109,9 @@ def module_of(site):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_a_correct_gpt2_gives_no_false_alarm(seed):
-    shape = seed // 2  # of two seeds, since all is compiled for each
-    draw = np.random.default_rng(shape)
+    draw = np.random.default_rng(seed)
     heads, layers, batch, length = (int(draw.integers(1, high)) for high in (5, 3, 4, 17))
-    options = {"tie_embeddings": bool(shape % 2), "bias": bool(shape % 5), "qkv_bias": bool(shape % 5 and shape % 3)}
+    options = {"tie_embeddings": bool(seed % 2), "bias": bool(seed % 5), "qkv_bias": bool(seed % 5 and seed % 3)}
     cfg = CFG.replace(n_heads=heads, emb_dim=heads * int(draw.integers(2, 9)), n_layers=layers, **options)
     verdict = check(make_pair(cfg, batch, length, seed), adamw=UPDATES)
     assert verdict.passed, (cfg, batch, length, [row for result in verdict.results for row in result.failures][:3])
